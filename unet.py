@@ -1,0 +1,160 @@
+"""The small U-Net that all five papers share, built of the blocks of Improved DDPM (Nichol & Dhariwal 2021, App. A).
+
+    code       shape            meaning
+    x          (B, C, H, W)     noisy image, or its patches folded into channels
+    c_noise    (B,)             noise level in the method's own terms: t, ln(sigma)/4, ...; always float32
+    y          (B,)             class indices; None, or -1 for one image, means "no class"
+    emb        (B, 4 width)     what every block is told of c_noise and y
+
+A level is one grid size. On the way down each block's output is kept; on the way up the block across reads it again:
+
+    x -- conv -- [block]------------------------[block] -- conv -- F(x; c_noise, y)
+                     halve -- [block]------[block] -- double
+                          halve -- [ middle ] -- double
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class UNet(nn.Module):
+    """F(x; c_noise, y): (B, in_channels, H, W) -> (B, out_channels, H, W), exactly 0 before training.
+
+    H and W are any sizes that 2^(levels - 1) divides; others raise ValueError.
+    """
+
+    def __init__(self, in_channels, out_channels, *,
+                 width: int = 64,                    # channels at level 0, the finest grid
+                 mults: tuple[float, ...] = (1, 2),  # channels of each level, in units of width
+                 blocks: int = 1,                    # residual blocks at each level, on each side
+                 attention: tuple[int, ...] = (1,),  # levels with self-attention; 0 is the finest grid
+                 dropout: float = 0.0,               # dropout inside the blocks
+                 classes=0):
+        super().__init__()
+        channels = [int(width * m) for m in mults]
+        self.classes, c_emb = classes, 4 * width
+        self.embed = nn.Sequential(Sinusoid(width), nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(classes + 1, c_emb) if classes else None  # row 0 is the null class
+
+        def block(c_in, c_out, level):
+            return Block(c_in, c_out, c_emb, dropout, level in attention)
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, kept = channels[0], []
+        for level, c_level in enumerate(channels):
+            self.down.append(nn.ModuleList())
+            for _ in range(blocks):
+                self.down[-1].append(block(c, c_level, level))
+                kept.append(c := c_level)
+        self.middle = block(c, c, len(channels) - 1)
+        for level, c_level in reversed(list(enumerate(channels))):
+            self.up.append(nn.ModuleList())
+            for _ in range(blocks):
+                self.up[-1].append(block(c + kept.pop(), c_level, level))
+                c = c_level
+        self.norm_out = group_norm(c)
+        self.conv_out = zero(nn.Conv2d(c, out_channels, 3, padding=1))
+
+    def forward(self, x, c_noise, y=None):
+        depth = 2 ** (len(self.down) - 1)
+        if x.shape[2] % depth or x.shape[3] % depth:
+            raise ValueError(f"a U-Net of {len(self.down)} levels needs height and width divisible by {depth}, got {tuple(x.shape[2:])}")
+        emb = self.embed(c_noise)                                       # (B, 4 width)
+        if self.label is not None:
+            emb = emb + self.label(y + 1 if y is not None else c_noise.new_zeros(len(x), dtype=torch.long))
+        emb = F.silu(emb)
+        x, kept = self.conv_in(x), []                                   # (B, width, H, W)
+        for level, blocks in enumerate(self.down):
+            if level > 0:
+                x = F.avg_pool2d(x, 2)                                  # (B, C_l, H / 2^l, W / 2^l)
+            for block in blocks:
+                kept.append(x := block(x, emb))
+        x = self.middle(x, emb)
+        for level, blocks in enumerate(self.up):
+            if level > 0:
+                x = F.interpolate(x, scale_factor=2.0)
+            for block in blocks:
+                x = block(torch.cat([x, kept.pop()], dim=1), emb)
+        return self.conv_out(F.silu(self.norm_out(x)))                  # (B, out_channels, H, W)
+
+
+class Block(nn.Module):
+    """x + conv(conv(x)), the noise level and the class entering as scale and shift; then self-attention, if asked."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout, attention):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.scale_shift = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(x) + h)
+
+
+class Attention(nn.Module):
+    """x + self-attention over all H W positions, in heads of 64 channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 64)
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)                         # (B, heads, H W, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class Sinusoid(nn.Module):
+    """(B,) -> (B, dim): cosines and sines at dim/2 frequencies from 4 down to 0.0004 radians a unit.
+
+    The papers start at 1 radian; 4 also tells neighbours apart where c_noise is EDM's ln(sigma)/4, a range of 2.7.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("omega", 4 * 10000 ** (-torch.arange(dim // 2) / (dim // 2)), persistent=False)
+
+    def forward(self, c_noise):
+        angle = c_noise.float()[:, None] * self.omega                   # float32: bf16 turns 999 into 1000
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance (Ho & Salimans 2022): net_u + w (net_c - net_u), where net_u sees no class.
+
+    Guidance is linear, so it serves eps, x_0, v and D alike. Outputs beyond the input's channels are learned
+    variances; they stay the conditional ones. w = 1 is the plain conditional network, w = 0 the unconditional one.
+    """
+
+    def __init__(self, net, w):
+        super().__init__()
+        self.net, self.w = net, w
+
+    def forward(self, x, c_noise, y=None):
+        net_c, net_u = self.net(x, c_noise, y), self.net(x, c_noise, None)
+        C = x.shape[1]
+        return torch.cat([net_u[:, :C] + self.w * (net_c[:, :C] - net_u[:, :C]), net_c[:, C:]], dim=1)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(channels, 16), channels)
+
+
+def zero(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
