@@ -1,0 +1,426 @@
+"""Train any of the methods:  python train.py --method pdm --patch 4
+
+Every keyword argument of the method, of the U-Net and of `train` below is a flag: its annotation is the type, its
+default the default, the comment at the end of its line the help.
+"""
+import argparse
+import copy
+import csv
+import difflib
+import inspect
+import os
+import re
+import shutil
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data as pixels
+from ddpm import DDPM
+from iddpm import IDDPM
+from pdm import PDM
+from unet import UNet
+
+METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM}
+
+# Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
+DEFAULTS = {"ddpm": dict(width=32, mults=(1, 2, 4), attention=(2,), steps=4000),
+            "iddpm": dict(width=32, mults=(1, 2, 4), attention=(2,), steps=4000),
+            "pdm": dict()}
+
+FREE = {"steps", "every", "out", "resume", "device"}  # what --resume may change
+LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) of the held-out error
+
+
+def train(config, state=None, *,
+          data: str = "digits",        # digits (built in), or a folder, .zip, .npy, .npz, idx or CIFAR-10 binary file
+          size: tuple[int, ...] = (),  # image size, one number or height and width; default the images' own, digits 32
+          channels: int | None = None, # 1 gray, 3 colour; default what the images are
+          out: str | None = None,      # folder of the run; default runs/<method>
+          resume: bool = False,        # go on with the run in that folder
+          steps: int = 3000,           # optimizer steps
+          batch: int = 32,             # images a step
+          accumulate: int = 1,         # parts that a batch is cut into, to save memory
+          lr: float = 1e-3,            # learning rate of Adam
+          warmup: int = 200,           # steps over which the learning rate rises from 0
+          ema: float = 0.999,          # decay of the averaged weights, lower at first: min(ema, (1 + n) / (10 + n))
+          clip_grad: float = 1.0,      # largest norm of the gradient
+          flip: bool = False,          # mirror half of the images (never digits or text)
+          conditional: bool = False,   # train with the class labels, for sample.py --class and --guidance
+          drop_label: float = 0.1,     # share of labels hidden, so that guidance knows the unconditional model
+          overfit: int = 0,            # train on so many images only: a self-check, they must come back
+          every: int = 500,            # steps between samples, checkpoints and held-out errors
+          seed: int = 0,               # seed of the weights, the data order and the noise
+          precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # bf16: autocast; auto: where the hardware has it
+          device: str | None = None):  # cuda, mps or cpu; default the first of them that is there
+    """Train the method of `config` (every flag) and write the run's folder; `state` is the checkpoint to go on from.
+
+    Everything that can be wrong is checked before the folder is made. Raises ValueError with one line that says what.
+    """
+    for name, value in dict(steps=steps, batch=batch, accumulate=accumulate, every=every).items():
+        if value < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {value}")
+    if batch % accumulate:
+        raise ValueError(f"--accumulate {accumulate} must divide --batch {batch}")
+    if flip and data == "digits":
+        raise ValueError("--flip would teach mirrored digits; leave it out")
+    device = pick_device(device)
+    precision = precision_on(device, precision)
+    run = Path(out or f"runs/{config['method']}")
+    if not resume and ((run / "ckpt.pt").exists() or (run / "log.csv").exists()):
+        raise ValueError(f"{run} holds a run already: --resume goes on with it, --out chooses another folder")
+    if resume and state["step"] >= steps:
+        raise ValueError(f"{run} is at step {state['step']} already: give a larger --steps")
+
+    images, labels, names = pixels.load(data, size or None, channels)
+    if conditional and labels is None:
+        raise ValueError(f"--conditional needs classes: {data} has none (one sub-folder a class, or labels in an .npz)")
+    shape, names = list(images.shape[1:]), names if conditional else []
+    some = pixels.to_float(images[:: len(images) // 1000 + 1])
+    print(f"{data}: {len(images):,} images, {'x'.join(map(str, shape))}, "
+          f"{'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} in [-1, 1]")
+    labels = labels if conditional else None
+    (images, labels), (held, held_y) = hold_out(images, labels, overfit)
+    images, held = images.to(device), pixels.to_float(held).to(device)
+    labels, held_y = (None, None) if labels is None else (labels.to(device), held_y.to(device))
+
+    torch.manual_seed(seed)
+    saved = dict(method=config["method"], config=config, shape=shape, classes=names)
+    method = to_device(build(saved), device)
+    averaged = copy.deepcopy(method).eval().requires_grad_(False)
+    weights = list(method.parameters())
+    optimizer = torch.optim.Adam(weights, lr=lr, fused=device.type in ("cpu", "cuda"))
+    step, seconds = 0, 0.0
+    if resume:
+        method.load_state_dict(state["model"])
+        averaged.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+        set_rng_state(state["rng"])
+    make_folder(run, room=40 * sum(p.numel() for p in weights))
+    log = Log(run / "log.csv", step)
+    print(f"{config['method']}: {sum(p.numel() for p in weights):,} parameters, {device}, {precision}, to {run}/")
+
+    def keep():
+        averaged.load_state_dict(method.state_dict() | dict(averaged.named_parameters()))   # buffers are copied, not averaged
+        save(run / "ckpt.pt", dict(saved, model=method.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
+                                   step=step, images=step * batch, seconds=seconds + time.time() - start, rng=rng_state()))
+
+    losses, start = [], time.time()
+    since, bar = start, tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
+    try:
+        while step < steps:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / max(1, warmup))
+            loss = 0
+            for _ in range(accumulate):
+                i = torch.randint(len(images), (batch // accumulate,)).to(device)
+                x, y = pixels.to_float(images[i]), None if labels is None else labels[i]
+                if flip:
+                    x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
+                if y is not None:
+                    y = torch.where(torch.rand(len(y), device=device) < drop_label, -1, y)
+                with autocast(device, precision):
+                    part = method.loss(x, y) / accumulate
+                part.backward()
+                loss = loss + part.detach()
+            torch.nn.utils.clip_grad_norm_(weights, clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(list(averaged.parameters()), [w.detach() for w in weights], 1 - min(ema, (1 + step) / (10 + step)))
+            step += 1
+            losses.append(loss)
+            bar.update()
+            report = step % every == 0 or step == steps
+            if report or len(losses) % 20 == 0:
+                recent = torch.stack(losses).cpu()
+                if not recent.isfinite().all():
+                    first = step - len(losses) + 1 + int(recent.isfinite().logical_not().nonzero()[0])
+                    raise ValueError(f"the loss is not finite at step {first}; the last good checkpoint stays. Try a lower --lr, or --precision fp32")
+                bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{len(losses) * batch / (time.time() - since):.0f}", refresh=False)
+            if report:
+                rate = len(losses) * batch / (time.time() - since)
+                keep()
+                with autocast(device, precision):
+                    errors = held_out_error(averaged, held, held_y)
+                    grid = preview(averaged, shape, len(names))
+                pixels.save_grid(grid, run / "samples" / f"{step:06d}.png")
+                log.write(dict(step=step, images=step * batch, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
+                               images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}"))
+                losses, since = [], time.time()
+    except KeyboardInterrupt:
+        keep()
+        bar.close()
+        print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
+        sys.exit(130)
+    bar.close()
+    print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'} and {run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}")
+
+
+def hold_out(images, labels, overfit):
+    """(images, labels) to train on and up to 128 others, evenly spaced, to measure on; the same few where --overfit."""
+    if overfit or len(images) < 40:
+        part = slice(0, overfit or None)
+        images, labels = images[part], None if labels is None else labels[part]
+        return (images, labels), (images[:128], None if labels is None else labels[:128])
+    held = torch.linspace(0, len(images) - 1, min(128, len(images) // 20)).long()
+    rest = torch.ones(len(images), dtype=torch.bool).index_fill(0, held, False)
+    return [(images[k], None if labels is None else labels[k]) for k in (rest, held)]
+
+
+def make_folder(run, room):
+    """Make the run's folder; ValueError where the disk has no room (bytes) for its checkpoint beside the old one."""
+    parent = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < room:
+        raise ValueError(f"{run} needs {room / 1e6:.0f} MB for its checkpoints; the disk has {free / 1e6:.0f} MB left")
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+
+
+def rng_state():
+    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def set_rng_state(states):
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def build(checkpoint):
+    """The untrained method that a checkpoint-style dict(method, config, shape, classes) describes."""
+    config, cls = checkpoint["config"], METHODS[checkpoint["method"]]
+    unet = {name: config[name] for name in flags_of(UNet)}
+    arguments = {name: config[name] for name in flags_of(cls)}
+    check_size(checkpoint["shape"][1:], config.get("patch", 1), unet["mults"])
+
+    def make_net(in_channels, out_channels):
+        return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))
+    return cls(make_net, checkpoint["shape"][0], **arguments)
+
+
+def check_size(size, patch, mults):
+    """ValueError where patches and levels do not divide the image, with the nearest sizes that they do."""
+    if patch < 1:
+        raise ValueError(f"--patch must be 1 or more, got {patch}")
+    k = patch * 2 ** (len(mults) - 1)
+    if any(n % k for n in size):
+        near = sorted({max(k, n // k * k) for n in size} | {-(-n // k) * k for n in size})
+        raise ValueError(f"image size {'x'.join(map(str, size))} is not divisible by {k} (patch {patch} x 2^{len(mults) - 1} for {len(mults)} levels): "
+                         f"choose --size {' or '.join(map(str, near))}, or another --patch or --mults")
+
+
+def to_device(method, device):
+    """Move a method; channels_last gains 1.1 to 1.4x on the CPU."""
+    if device.type == "mps":  # it has no float64; the schedule loses digits there
+        method = method.float()
+    return method.to(device, memory_format=torch.channels_last)
+
+
+def pick_device(name=None):
+    """torch.device: the one named, or the first of cuda, mps and cpu that is there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}")
+
+
+def precision_on(device, precision):
+    """bf16 or fp32; auto is bf16 on CUDA from Ampere on, and on CPUs that multiply in it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if native else "fp32"
+
+
+def save(path, checkpoint):
+    """Write a dict of plain types and tensors: all of it, or nothing."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path, *, ema=True, device=None):
+    """(method in eval mode, with the averaged weights or the raw ones; checkpoint dict) from a path that `save` wrote."""
+    device, checkpoint = pick_device(device), read(path)
+    method = build(checkpoint)
+    method.load_state_dict(checkpoint["ema" if ema else "model"])
+    return to_device(method, device).eval().requires_grad_(False), checkpoint
+
+
+def read(path):
+    if not Path(path).is_file():
+        raise ValueError(f"no such checkpoint: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path} is not a checkpoint of this project: {str(error).splitlines()[0]}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("method") not in METHODS:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    return checkpoint
+
+
+class Log:
+    """log.csv, a line at a time; on resuming, the lines after `step` go."""
+
+    def __init__(self, path, step):
+        self.path = path
+        if path.exists():
+            with open(path) as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            path.unlink()
+            for row in rows:
+                self.write(row)
+
+    def write(self, row):
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+@torch.no_grad()
+def held_out_error(method, x, y):
+    """{"rmse_<sigma>": error of x_0_hat} at fixed noise levels and fixed noise, on images in [-1, 1]."""
+    errors = {}
+    for sigma in LEVELS:
+        t = int((((1 - method.alpha_bar) / method.alpha_bar).sqrt() - sigma).abs().argmin())
+        eps = seeded_noise(0, range(len(x)))(x)
+        x_0_hat = torch.cat([method.predict(method.q_sample(*part[:1], t, part[1]), t, part[2] if y is not None else None)
+                             for part in zip(x.split(64), eps.split(64), y.split(64) if y is not None else x.split(64))])
+        errors[f"rmse_{sigma:g}"] = f"{(x_0_hat - x).square().mean().sqrt():.5f}"
+    return errors
+
+
+def preview(method, shape, classes, n=64):
+    """n images from the same noise every time, by a short deterministic chain."""
+    device = next(method.parameters()).device
+    noise = seeded_noise(0, range(n))
+    y = torch.arange(n, device=device) % classes if classes else None
+    for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, steps=25, eta=0.0, randn_like=noise):
+        pass
+    return x
+
+
+def seeded_noise(seed, indices):
+    """A randn_like in which image i of a batch depends on (seed, i) alone: not on the batch, the device or the order."""
+    generators = [torch.Generator().manual_seed(int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> 1)) for i in indices]
+
+    def randn_like(x):
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+    return randn_like
+
+
+# Signatures as command lines
+
+def flags_of(function):
+    """{name: (parameter, help)} of the keyword-only arguments that have a type; the help is the comment on their line."""
+    function = function.__init__ if inspect.isclass(function) else function
+    source, parameters = inspect.getsource(function), inspect.signature(function).parameters
+    return {name: (p, (re.findall(rf"\b{name}: .*?# *(.+)", source) or [""])[0])
+            for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty}
+
+
+def add_flags(parser, title, function, defaults={}):
+    """Add a function's flags to a parser; returns {name: default}."""
+    group, values = parser.add_argument_group(title), {}
+    for name, (p, help) in flags_of(function).items():
+        default = values[name] = defaults.get(name, p.default)
+        kind = p.annotation
+        if isinstance(kind, types.UnionType):                                     # X | None
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is typing.Literal:
+            options = dict(choices=typing.get_args(kind))
+        elif typing.get_origin(kind) is tuple:
+            options = dict(nargs="+", type=typing.get_args(kind)[0], metavar="N")
+        else:
+            options = dict(type=kind, metavar=kind.__name__)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "" if default is None or default == () else f" [{shown}]"
+        group.add_argument(f"--{name.rstrip('_')}", dest=name, default=argparse.SUPPRESS, help=(help + shown).replace("%", "%%"), **options)
+    return values
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that spells flags out and raises its errors."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise ValueError(message)
+
+    def parse(self, argv, method):
+        """{name: value} of the flags given; refuses the others, another method's by name."""
+        given, rest = self.parse_known_args(argv)
+        for word in rest:
+            name = word.lstrip("-").split("=")[0].removeprefix("no-")
+            owners = [m for m, cls in METHODS.items() if name in flags_of(cls) | flags_of(cls.sample)]
+            near = difflib.get_close_matches(word, self._option_string_actions, 1)
+            raise ValueError(f"--{name} belongs to {', '.join(owners)}, not to {method}" if owners and method not in owners
+                             else f"no such flag: {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+
+
+def command(main):
+    """Run main, with a user's mistakes as one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv):
+    first = Parser(add_help=False)
+    first.add_argument("--method")
+    name = first.parse_known_args(argv)[0].method
+    if name is None and (not argv or {"-h", "--help"} & set(argv)):
+        print(f"{__doc__}\n    python train.py --method METHOD --help    its flags\n")
+        print("\n".join(f"    {key:16} {sys.modules[cls.__module__].__doc__.splitlines()[0]}" for key, cls in METHODS.items()))
+        return
+    if name not in METHODS:
+        raise ValueError(("choose a method: " if name is None else f"no method {name}: choose ") + ", ".join(f"--method {key}" for key in METHODS))
+    cls = METHODS[name]
+    parser = Parser(prog="train.py", usage=f"python train.py --method {name} [flags]", description=sys.modules[cls.__module__].__doc__.split("\n\n")[0])
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    config = dict(method=name)
+    for title, function in ((f"method {name}", cls), ("U-Net", UNet), ("training", train)):
+        config |= add_flags(parser, title, function, DEFAULTS[name])
+    given = parser.parse(argv, name)
+    config, state = config | given, None
+    if config["resume"]:
+        path = Path(config["out"] or f"runs/{name}") / "ckpt.pt"
+        state = read(path)
+        clash = [key for key, value in given.items() if key not in FREE and state["config"].get(key) != value]
+        if clash:
+            raise ValueError(f"--{clash[0]} is {state['config'].get(clash[0])} in {path}; a resumed run cannot change it to {given[clash[0]]}")
+        config = config | state["config"] | {key: value for key, value in given.items() if key in FREE}
+    train(config, state, **{key: config[key] for key in flags_of(train)})
+
+
+if __name__ == "__main__":
+    command(main)
