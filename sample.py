@@ -1,0 +1,102 @@
+"""Draw images from a trained model:  python sample.py runs/pdm/ckpt.pt
+
+The checkpoint's path is all it needs. Its flags are the keyword arguments of `sample` below and of the method's own
+`sample`:  python sample.py runs/pdm/ckpt.pt --help
+"""
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data as pixels
+from train import METHODS, Parser, add_flags, command, load, read, seeded_noise
+from unet import Guided
+
+
+def sample(path, sampler, *,
+           n: int = 64,                # number of images
+           seed: int = 0,              # image i depends on (seed, i) alone, not on --n, --batch or the device
+           batch: int = 64,            # images at a time; halved by itself where a GPU's memory is short
+           class_: str | None = None,  # one class, by name or number; default all of them in turn
+           guidance: float = 1.0,      # weight of classifier-free guidance; 1 is the plain conditional model
+           raw: bool = False,          # use the weights as trained, not their average
+           out: str | None = None,     # a .png for one grid, or a new folder for numbered .png files; default a grid in the run
+           device: str | None = None): # cuda, mps or cpu; default the first of them that is there
+    """Write n images drawn with the method's own sampler, `sampler` being its flags. Raises ValueError before any work."""
+    if n < 1 or batch < 1:
+        raise ValueError(f"--n and --batch must be 1 or more, got {n} and {batch}")
+    out = Path(out or Path(path).parent / "samples" / f"seed{seed}.png")
+    if out.suffix.lower() != ".png" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} must end in .png, or be a new or empty folder")
+    method, checkpoint = load(path, ema=not raw, device=device)
+    labels = choose_labels(n, class_, checkpoint["classes"])
+    if guidance != 1.0:
+        if labels is None:
+            raise ValueError("--guidance needs a model trained with --conditional")
+        method.net = Guided(method.net, guidance)
+    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    images = draw(method, checkpoint["shape"], n, seed, batch, labels, sampler)
+    print(f"wrote {write(images, out)}; {n} images, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
+
+
+def draw(method, shape, n, seed, batch, labels, sampler):
+    """n images (n, C, H, W) in [-1, 1], on the CPU."""
+    device, images, bar = next(method.parameters()).device, [], tqdm(unit=" steps")
+    while len(images) < n:
+        which = range(len(images), min(n, len(images) + batch))
+        noise = seeded_noise(seed, which)
+        x, y = noise(torch.empty(len(which), *shape, device=device)), None
+        if labels is not None:
+            y = labels[which.start:which.stop].to(device)
+        try:
+            for x, _ in method.sample(x, y, randn_like=noise, **sampler):
+                bar.update()
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise ValueError("not even one image fits in the GPU's memory: try --device cpu")
+            batch //= 2
+            continue
+        images += x.float().cpu()
+        bar.set_postfix_str(f"{len(images)} of {n} images")
+    bar.close()
+    return torch.stack(images)
+
+
+def choose_labels(n, class_, names):
+    """Class indices (n,), or None for an unconditional model; ValueError for a class that is not there."""
+    if class_ is None:
+        return torch.arange(n) % len(names) if names else None
+    if not names:
+        raise ValueError("--class needs a model trained with --conditional")
+    if class_ not in names and not (class_.isdigit() and int(class_) < len(names)):
+        raise ValueError(f"no class {class_}: choose one of {', '.join(names[:20])}, or a number below {len(names)}")
+    return torch.full((n,), names.index(class_) if class_ in names else int(class_))
+
+
+def write(images, out):
+    """One grid if out ends in .png, else numbered .png files. Returns the path written."""
+    if out.suffix.lower() == ".png":
+        pixels.save_grid(images, out)
+    else:
+        for i, image in enumerate(images):
+            pixels.to_image(image).save(out / f"{i:06d}.png")
+    return out
+
+
+def main(argv):
+    if not argv or argv[0].startswith("-"):
+        print(__doc__)
+        if argv and argv[0] not in ("-h", "--help"):
+            raise ValueError("the checkpoint's path comes first: python sample.py runs/pdm/ckpt.pt [flags]")
+        return
+    path, name = argv[0], read(argv[0])["method"]
+    parser = Parser(prog="sample.py", usage=f"python sample.py {path} [flags]", description=__doc__)
+    defaults = add_flags(parser, "sampling", sample)
+    add_flags(parser, f"the sampler of {name}", METHODS[name].sample)
+    given = parser.parse(argv[1:], name)
+    own = {key: value for key, value in given.items() if key in defaults}
+    sample(path, {key: value for key, value in given.items() if key not in defaults}, **own)
+
+
+if __name__ == "__main__":
+    command(main)
