@@ -166,7 +166,7 @@ def refuse_what_does_not_fit(source, count, numbers):
 
 
 def to_nchw(images):
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 # Arrays
@@ -271,9 +271,9 @@ def digits(size=(32, 32), channels=3, count=20_000, seed=0):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=random)
 
-    def colour(value):                                # random hue, brightness value (n,) -> (n, 3, 1, 1) in [0, 1]
+    def colour(dim, bright, pale, full):              # (n, 3, 1, 1) of any hue, between these values and saturations
         hue = uniform(0, 2 * math.pi, n, 1) - 2 * math.pi / 3 * torch.arange(3)
-        return (value[:, None] * (1 - uniform(0.1, 0.4, n, 1) * (1 - hue.cos())))[:, :, None, None]
+        return (uniform(dim, bright, n, 1) * (1 - uniform(pale, full, n, 1) * (1 - hue.cos()) / 2))[:, :, None, None]
 
     def warp(rows):                                   # the grid that an affine map (n, 2, 3) reads at, three times finer
         return F.affine_grid(rows, (n, 1, 3 * H, 3 * W), align_corners=False)
@@ -293,10 +293,8 @@ def digits(size=(32, 32), channels=3, count=20_000, seed=0):
         angle = uniform(0, 2 * math.pi, n)
         across = torch.stack([angle.cos(), angle.sin(), 0 * angle], dim=1)
         ramp = torch.sigmoid(2.5 * F.avg_pool2d(warp(across[:, None].repeat(1, 2, 1))[None, ..., 0].transpose(0, 1), 3))
-        dark, light = uniform(0.0, 0.35, n), uniform(0.85, 1.0, n)
-        inverse = torch.rand(n, generator=random) < 0.5
-        paper, pen = torch.where(inverse, dark, light), torch.where(inverse, light, dark)
-        image = (1 - ink) * (ramp * colour(paper) + (1 - ramp) * colour(paper)) + ink * colour(pen)
+        paper = ramp * colour(0.1, 0.5, 0.5, 1.0) + (1 - ramp) * colour(0.1, 0.5, 0.5, 1.0)
+        image = (1 - ink) * paper + ink * colour(0.9, 1.0, 0.1, 0.65)
         image = image if channels == 3 else image.mean(1, keepdim=True)
         images[start:start + 500] = (255 * image).round().to(torch.uint8)
     return images, labels

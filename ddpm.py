@@ -40,7 +40,7 @@ class DDPM(nn.Module):
                  beta_1: float = 1e-4,                        # variance of the first step at T = 1000 (Sec. 4)
                  beta_T: float = 0.02):                       # variance of the last step at T = 1000 (Sec. 4)
         super().__init__()
-        self.net, self.channels, self.variance, self.clip = make_net(channels, channels), channels, variance, clip
+        self.net, self.variance, self.clip = make_net(channels, channels), variance, clip
         self.set_schedule(linear_betas(T, beta_1, beta_T))
 
     def set_schedule(self, betas):                                                          # (T,), t = 1..T

@@ -14,6 +14,7 @@ of 1000 steps can be sampled in 50. Notation as in ddpm.py, and
 Where we follow the authors' code rather than the page: v = -1 means beta_tilde and v = 1 beta (the page says 0 and 1);
 L_vlb in bits/dim. Where we differ from both: the network is told t itself, not t 1000/T.
 """
+import re
 from typing import Literal
 
 import torch
@@ -39,11 +40,10 @@ class IDDPM(DDPM):
                  lambda_vlb: float = 0.001,                     # lambda, weight of L_vlb in L_hybrid (Eq. 16)
                  variance: Literal["large", "small"] = "large",  # sigma_t^2 where none is learned: beta_t or beta_tilde_t
                  clip: bool = True):                            # clip x_0_hat to [-1, 1] in sampling
-        self.learned = objective != "simple"
-        super().__init__(lambda c_in, c_out: make_net(c_in, 2 * c_out if self.learned else c_out), channels,
-                         T=T, variance=variance, clip=clip)
+        nn.Module.__init__(self)                                 # not DDPM's, which would build its schedule
+        self.objective, self.learned, self.lambda_vlb = objective, objective != "simple", lambda_vlb
+        self.net, self.variance, self.clip = make_net(channels, 2 * channels if self.learned else channels), variance, clip
         self.set_schedule(cosine_betas(T) if schedule == "cosine" else linear_betas(T))
-        self.objective, self.lambda_vlb = objective, lambda_vlb
         self.sampler = LossAwareSampler(T) if objective == "vlb" else None
 
     def outputs(self, x_t, t, y=None):
@@ -116,7 +116,7 @@ class LossAwareSampler(nn.Module):
     def __init__(self, T, history=10, uniform=0.001):
         super().__init__()
         self.uniform = uniform
-        self.register_buffer("losses", torch.zeros(T, history))             # losses[t - 1], newest last
+        self.register_buffer("losses", torch.zeros(T, history))             # losses[t - 1], each row a ring
         self.register_buffer("count", torch.zeros(T, dtype=torch.long))
 
     def probabilities(self):
@@ -127,9 +127,10 @@ class LossAwareSampler(nn.Module):
 
     def update(self, t, loss):
         """Record the unweighted losses (B,) seen at steps t in 1..T, (B,) or (B, 1, 1, 1)."""
-        for i, value in zip((t.flatten() - 1).tolist(), loss.tolist()):
-            self.losses[i] = torch.cat([self.losses[i, 1:], self.losses.new_tensor([value])])
-            self.count[i] += 1
+        i, history = t.flatten() - 1, self.losses.shape[1]
+        before = (i[:, None] == i).tril(-1).sum(1)                          # how often this t came earlier in the batch
+        self.losses[i, (self.count[i] + before) % history] = loss.float()
+        self.count.index_add_(0, i, torch.ones_like(i))
 
 
 def space_timesteps(T, spec):
@@ -139,18 +140,14 @@ def space_timesteps(T, spec):
     and keeps so many of each. "ddim50" keeps 50 at an integer stride from t = 1 (the authors' rule for DDIM).
     ValueError where that cannot be done.
     """
-    spec = str(spec)
-    try:
-        if spec.startswith("ddim"):
-            count = int(spec[4:])
-            strides = [k for k in range(1, T) if len(range(0, T, k)) == count]
-            if not strides:
-                raise ValueError(f"no integer stride keeps exactly {count} of {T} steps")
-            return [t + 1 for t in range(0, T, strides[0])]
-        counts = [int(part) for part in spec.split(",")]
-    except ValueError as error:
-        raise error if "stride" in str(error) else ValueError(f'steps must read like 50, "10,15,20" or "ddim50", got {spec!r}')
-    kept, start = [], 0
+    if not re.fullmatch(r"(ddim)?\d+|\d+(,\d+)*", str(spec)):
+        raise ValueError(f'steps must read like 50, "10,15,20" or "ddim50", got {spec!r}')
+    if str(spec).startswith("ddim"):
+        for stride in range(1, T):
+            if len(range(0, T, stride)) == int(spec[4:]):
+                return list(range(1, T + 1, stride))
+        raise ValueError(f"no integer stride keeps exactly {spec[4:]} of {T} steps")
+    counts, kept, start = [int(part) for part in str(spec).split(",")], [], 0
     for k, count in enumerate(counts):
         size = T // len(counts) + (k < T % len(counts))
         if not 1 <= count <= size:

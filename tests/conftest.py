@@ -1,0 +1,69 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def golden(name):
+    """Numbers printed by the authors' code; "meta" in the file says which."""
+    return json.loads((HERE / "golden" / f"{name}.json").read_text())
+
+
+def tensor(values, dtype=torch.float64):
+    return torch.tensor(values, dtype=dtype)
+
+
+def close(a, b, rtol=1e-9, atol=0.0):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=rtol, atol=atol)
+
+
+def closed_form(fn):
+    """A make_net whose network is fn(x, t, y), with t (B, 1, 1, 1)."""
+    class Net(torch.nn.Module):
+        def forward(self, x, c_noise, y=None):
+            assert c_noise.shape == (len(x),) and c_noise.dtype == torch.float32
+            return fn(x, c_noise.view(-1, 1, 1, 1), y)
+    return lambda in_channels, out_channels: Net()
+
+
+class Gaussian:
+    """Images whose pixels are independent N(mu, s^2): every posterior is known in closed form."""
+
+    def __init__(self, mu=0.3, s=0.4):
+        self.mu, self.s = mu, s
+
+    def draw(self, n):
+        return self.mu + self.s * torch.randn(n, 1, 1, 1, dtype=torch.float64)
+
+    def x_0(self, x_t, ab):  # E[x_0 | x_t]
+        return self.mu + ab.sqrt() * self.s ** 2 / (ab * self.s ** 2 + 1 - ab) * (x_t - ab.sqrt() * self.mu)
+
+    def eps(self, x_t, ab):  # E[eps | x_t]
+        return (x_t - ab.sqrt() * self.x_0(x_t, ab)) / (1 - ab).sqrt()
+
+
+def linear_alpha_bar(T=1000):  # (T + 1,), written again from DDPM Sec. 4
+    betas = [(1e-4 + (0.02 - 1e-4) * i / (T - 1)) * 1000 / T for i in range(T)]
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - tensor(betas)).cumprod(0)])
+
+
+def cosine_alpha_bar(T=1000):  # (T + 1,), written again from IDDPM Eq. 17
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * torch.pi / 2) ** 2
+    alpha_bar = f / f[0]
+    return torch.cat([alpha_bar[:1], (alpha_bar[1:] / alpha_bar[:-1]).clamp(min=0.001).cumprod(0)])
+
+
+def last(chain):
+    for x, _ in chain:
+        pass
+    return x

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+from conftest import Gaussian, close, closed_form, cosine_alpha_bar, last, tensor
+
+from ddpm import linear_betas
+from iddpm import IDDPM
+from pdm import PDM, patchify, unpatchify
+from unet import UNet
+
+ab = cosine_alpha_bar()
+WEIGHTS = ("1", "sqrt_snr", "snr", "snr+1", "truncated", "p2")
+
+
+def oracle(data, predict="x", factor=1.0, **kw):
+    """PDM at P = 1 whose network outputs the exact target for this data, times `factor` in x."""
+    def fn(z, t, y):
+        a = ab[t.long()]
+        x = factor * data.x_0(z, a)
+        eps = (z - a.sqrt() * x) / (1 - a).sqrt()
+        return {"x": x, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x}[predict]
+    return PDM(closed_form(fn), 1, patch=1, predict=predict, **kw)
+
+
+# Patch round-trips
+
+@pytest.mark.parametrize("P, H, W", [(1, 5, 7), (2, 8, 8), (4, 8, 16), (8, 16, 8), (3, 9, 12), (5, 10, 10)])
+def test_unpatchify_undoes_patchify(P, H, W):
+    x = torch.randn(2, 3, H, W)
+    assert patchify(x, P).shape == (2, 3 * P * P, H // P, W // P)
+    assert torch.equal(unpatchify(patchify(x, P), P), x)
+
+
+def test_a_patch_is_the_p_by_p_block_of_pixels_under_its_grid_cell():
+    x = torch.randn(1, 3, 8, 12)
+    for i in range(2):
+        for j in range(3):
+            block = x[0, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
+            assert torch.equal(patchify(x, 4)[0, :, i, j].sort()[0], block.flatten().sort()[0])
+
+
+def test_the_network_sees_c_p_squared_channels_on_a_grid_p_times_coarser():
+    asked, seen = [], []
+    class Net(torch.nn.Module):
+        def forward(self, x, t, y=None):
+            seen.append(x.shape)
+            return torch.cat([x, x], dim=1)
+    def make_net(c_in, c_out):
+        asked.append((c_in, c_out))
+        return Net()
+    PDM(make_net, 3, patch=4, learn_variance=True).loss(torch.randn(2, 3, 32, 16))
+    assert asked == [(48, 96)] and seen == [(2, 48, 8, 4)]
+
+
+def test_mean_and_variance_unfold_separately():
+    model = PDM(closed_form(lambda x, t, y: torch.cat([x, torch.full_like(x, 0.5)], dim=1)), 3, patch=4, learn_variance=True)
+    x_0_hat, v = model.x_0_and_v(torch.randn(2, 3, 8, 8), 500)
+    assert x_0_hat.shape == v.shape == (2, 3, 8, 8) and (v == 0.5).all() and (x_0_hat != 0.5).all()
+
+
+def test_with_p_1_eps_and_weight_snr_it_is_iddpm_s_l_simple():
+    torch.manual_seed(3)
+    net = UNet(1, 1, width=8, mults=(1,), attention=())
+    torch.nn.init.normal_(net.conv_out.weight)
+    losses = []
+    for model in (PDM(lambda i, o: net, 1, patch=1, predict="eps", weight="snr", T=100), IDDPM(lambda i, o: net, 1, objective="simple", T=100)):
+        torch.manual_seed(0)
+        losses.append(model.loss(torch.randn(64, 1, 4, 4)))
+    close(losses[0], losses[1], rtol=1e-4)
+
+
+# Targets and weights
+
+@pytest.mark.parametrize("predict", ["x", "eps", "v"])
+def test_every_target_leads_back_to_the_same_x(predict):
+    data = Gaussian()
+    x_t = torch.randn(8, 1, 1, 1).double()
+    for t in (1, 100, 500, 900):
+        close(oracle(data, predict).predict(x_t, t), data.x_0(x_t, ab[t]), rtol=1e-6)
+
+
+def expected_loss(data, weight, factor):  # E_t gamma_t E (x - factor E[x | z])^2, by summing over t
+    a = ab[1:]
+    snr = a / (1 - a)
+    gamma = {"1": torch.ones_like(snr), "sqrt_snr": snr.sqrt(), "snr": snr, "snr+1": snr + 1,
+             "truncated": torch.where(snr > 1, snr, 1.0), "p2": snr * (1 - a).sqrt()}[weight]
+    unexplained = data.s ** 2 * (1 - a) / (a * data.s ** 2 + 1 - a)
+    explained = data.s ** 2 - unexplained
+    error = unexplained + (1 - factor) ** 2 * (explained + data.mu ** 2)
+    return gamma * error
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_loss_is_the_weighted_error_in_x(weight):
+    data = Gaussian()
+    model, expected = oracle(data, factor=0.9, weight=weight), expected_loss(data, weight, 0.9).mean()
+    losses = torch.stack([model.loss(data.draw(5_000)) for _ in range(40)])
+    assert abs(losses.mean() - expected) < 5 * losses.std() / math.sqrt(40)
+    assert losses.std() / math.sqrt(40) < 0.03 * expected
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_weight_of_each_step_is_this_function_of_its_snr(weight):
+    t = torch.tensor([1, 200, 500, 800, 1000])
+    gamma = PDM(closed_form(lambda x, t, y: x), 1, patch=1, weight=weight).gamma(t)
+    a = ab[t]
+    close(gamma, {"1": 1 + 0 * a, "sqrt_snr": (a / (1 - a)) ** 0.5, "snr": a / (1 - a), "snr+1": 1 / (1 - a),
+                  "truncated": torch.maximum(a / (1 - a), 1 + 0 * a), "p2": a / (1 - a) ** 0.5}[weight], rtol=1e-7)
+
+
+def test_a_learned_variance_adds_lambda_l_vlb_and_leaves_the_mean_alone():
+    out, gradients, losses = torch.randn(8, 2, 2, 2).double(), [], []
+    for learn in (False, True):
+        net = torch.nn.Module()
+        net.out = torch.nn.Parameter(out[:, :2 if learn else 1].clone())
+        net.forward = lambda x, t, y=None, net=net: net.out
+        torch.manual_seed(1)
+        losses.append(PDM(lambda i, o: net, 1, patch=1, learn_variance=learn).loss(torch.zeros(8, 1, 2, 2).double()))
+        losses[-1].backward()
+        gradients.append(net.out.grad)
+    close(gradients[1][:, :1], gradients[0], rtol=1e-7)
+    assert (gradients[1][:, 1:] != 0).all() and losses[1] != losses[0]
+
+
+def test_linear0_025_ends_its_betas_at_0_025():
+    alpha_bar = PDM(closed_form(lambda x, t, y: x), 1, patch=1, schedule="linear0.025").alpha_bar
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    close(betas[[0, -1]], [1e-4, 0.025], rtol=1e-7)
+    close(PDM(closed_form(lambda x, t, y: x), 1, patch=1, schedule="linear").alpha_bar[1:], (1 - linear_betas(1000)).cumprod(0))
+
+
+# Sampler convergence on Gaussian data
+
+@pytest.mark.parametrize("predict", ["x", "eps", "v"])
+def test_the_chain_converges_to_the_data_whatever_the_target(predict):
+    data = Gaussian()
+    noise = torch.randn(5_000, 1, 1, 1).double()
+    for options in (dict(variance="large"), dict(variance="small")):
+        x = last(oracle(data, predict, clip=False, **options).sample(noise, steps="100"))
+        assert abs(x.mean() - data.mu) < 5 * data.s / math.sqrt(5_000)
+        assert abs(x.std() - data.s) < 5 * data.s / math.sqrt(2 * 5_000) + 0.01
+    x = last(oracle(data, predict, clip=False).sample(noise, steps="100", eta=0.0))
+    exact = data.mu + (noise / ab[1000].sqrt() - data.mu) * data.s / (data.s ** 2 + (1 - ab[1000]) / ab[1000]).sqrt()
+    assert (x - exact).abs().max() < 0.1
+
+
+def test_a_patch_of_zero_is_refused():
+    with pytest.raises(ValueError, match="patch"):
+        PDM(closed_form(lambda x, t, y: x), 1, patch=0)
