@@ -34,7 +34,10 @@ DEFAULTS = {"ddpm": dict(width=32, mults=(1, 2, 4), attention=(2,), steps=4000),
             "iddpm": dict(width=32, mults=(1, 2, 4), attention=(2,), steps=4000),
             "pdm": dict()}
 
-FREE = {"steps", "every", "out", "resume", "device"}  # what --resume may change
+FREE = {"steps", "every", "grid", "out", "resume", "device"}  # what --resume may change
+RANGES = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6), "every": (1, 10**9), "grid": (1, 4096), "lr": (0, 1), "warmup": (0, 10**9), "decay": (0, 10**9),
+          "ema": (0, 1), "clip_grad": (0, 1e9), "drop_label": (0, 1), "overfit": (0, 10**9), "seed": (0, 2**63), "width": (2, 10**5),
+          "blocks": (1, 100), "dropout": (0, 1), "patch": (1, 1024), "T": (2, 10**6)}
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) of the held-out error
 
 
@@ -47,8 +50,9 @@ def train(config, state=None, *,
           steps: int = 3000,           # optimizer steps
           batch: int = 32,             # images a step
           accumulate: int = 1,         # parts that a batch is cut into, to save memory
-          lr: float = 1e-3,            # learning rate of Adam
+          lr: float = 2e-3,            # learning rate of Adam
           warmup: int = 200,           # steps over which the learning rate rises from 0
+          decay: int = 500,            # steps after which it falls as 1/sqrt(step); 0 for never
           ema: float = 0.999,          # decay of the averaged weights, lower at first: min(ema, (1 + n) / (10 + n))
           clip_grad: float = 1.0,      # largest norm of the gradient
           flip: bool = False,          # mirror half of the images (never digits or text)
@@ -56,6 +60,7 @@ def train(config, state=None, *,
           drop_label: float = 0.1,     # share of labels hidden, so that guidance knows the unconditional model
           overfit: int = 0,            # train on so many images only: a self-check, they must come back
           every: int = 500,            # steps between samples, checkpoints and held-out errors
+          grid: int = 64,              # images in each grid of samples
           seed: int = 0,               # seed of the weights, the data order and the noise
           precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # bf16: autocast; auto: where the hardware has it
           device: str | None = None):  # cuda, mps or cpu; default the first of them that is there
@@ -63,9 +68,9 @@ def train(config, state=None, *,
 
     Everything that can be wrong is checked before the folder is made. Raises ValueError with one line that says what.
     """
-    for name, value in dict(steps=steps, batch=batch, accumulate=accumulate, every=every).items():
-        if value < 1:
-            raise ValueError(f"--{name} must be 1 or more, got {value}")
+    for name, (low, high) in RANGES.items():
+        if name in config and not low <= config[name] <= high:
+            raise ValueError(f"--{name} must lie between {low} and {high:g}, got {config[name]}")
     if batch % accumulate:
         raise ValueError(f"--accumulate {accumulate} must divide --batch {batch}")
     if flip and data == "digits":
@@ -95,7 +100,7 @@ def train(config, state=None, *,
     method = to_device(build(saved), device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     weights = list(method.parameters())
-    optimizer = torch.optim.Adam(weights, lr=lr, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
     step, seconds = 0, 0.0
     if resume:
         method.load_state_dict(state["model"])
@@ -117,7 +122,7 @@ def train(config, state=None, *,
     try:
         while step < steps:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / max(1, warmup))
+                group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
             loss = 0
             for _ in range(accumulate):
                 i = torch.randint(len(images), (batch // accumulate,)).to(device)
@@ -149,8 +154,8 @@ def train(config, state=None, *,
                 keep()
                 with autocast(device, precision):
                     errors = held_out_error(averaged, held, held_y)
-                    grid = preview(averaged, shape, len(names))
-                pixels.save_grid(grid, run / "samples" / f"{step:06d}.png")
+                    drawn = preview(averaged, shape, len(names), grid)
+                pixels.save_grid(drawn, run / "samples" / f"{step:06d}.png")
                 log.write(dict(step=step, images=step * batch, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
                                images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}"))
                 losses, since = [], time.time()
@@ -202,17 +207,17 @@ def build(checkpoint):
     config, cls = checkpoint["config"], METHODS[checkpoint["method"]]
     unet = {name: config[name] for name in flags_of(UNet)}
     arguments = {name: config[name] for name in flags_of(cls)}
-    check_size(checkpoint["shape"][1:], config.get("patch", 1), unet["mults"])
+    check_size(checkpoint["shape"][1:], config.get("patch", 1), unet["mults"], unet["attention"])
 
     def make_net(in_channels, out_channels):
         return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))
     return cls(make_net, checkpoint["shape"][0], **arguments)
 
 
-def check_size(size, patch, mults):
+def check_size(size, patch, mults, attention):
     """ValueError where patches and levels do not divide the image, with the nearest sizes that they do."""
-    if patch < 1:
-        raise ValueError(f"--patch must be 1 or more, got {patch}")
+    if not all(0 <= level < len(mults) for level in attention):
+        raise ValueError(f"--attention names levels of the U-Net, 0 to {len(mults) - 1} with these --mults, got {' '.join(map(str, attention))}")
     k = patch * 2 ** (len(mults) - 1)
     if any(n % k for n in size):
         near = sorted({max(k, n // k * k) for n in size} | {-(-n // k) * k for n in size})
@@ -313,7 +318,7 @@ def held_out_error(method, x, y):
     return errors
 
 
-def preview(method, shape, classes, n=64):
+def preview(method, shape, classes, n):
     """n images from the same noise every time, by a short deterministic chain."""
     device = next(method.parameters()).device
     noise = seeded_noise(0, range(n))

@@ -8,9 +8,12 @@
 
 A level is one grid size. On the way down each block's output is kept; on the way up the block across reads it again:
 
-    x -- conv -- [block]------------------------[block] -- conv -- F(x; c_noise, y)
-                     halve -- [block]------[block] -- double
-                          halve -- [ middle ] -- double
+    x -+- conv -- [block]------------------------[block] -- conv -+- F(x; c_noise, y)
+       |              halve -- [block]------[block] -- double     |
+       |                   halve -- [ middle ] -- double          |
+       +---- 1x1 conv, scaled by a gate that knows the noise -----+
+
+The straight path is ours: where the answer is nearly the input (x_0 at low noise, eps at high) no block has to copy it.
 """
 import math
 
@@ -35,7 +38,7 @@ class UNet(nn.Module):
         super().__init__()
         channels = [int(width * m) for m in mults]
         self.classes, c_emb = classes, 4 * width
-        self.embed = nn.Sequential(Sinusoid(width), nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.embed = nn.Sequential(Sinusoid(width), nn.Linear(width // 2 * 2, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb) if classes else None  # row 0 is the null class
 
         def block(c_in, c_out, level):
@@ -57,6 +60,7 @@ class UNet(nn.Module):
                 c = c_level
         self.norm_out = group_norm(c)
         self.conv_out = zero(nn.Conv2d(c, out_channels, 3, padding=1))
+        self.straight, self.gate = nn.Conv2d(in_channels, out_channels, 1), zero(nn.Linear(c_emb, out_channels))
 
     def forward(self, x, c_noise, y=None):
         depth = 2 ** (len(self.down) - 1)
@@ -66,6 +70,7 @@ class UNet(nn.Module):
         if self.label is not None:
             emb = emb + self.label(y + 1 if y is not None else c_noise.new_zeros(len(x), dtype=torch.long))
         emb = F.silu(emb)
+        straight = self.straight(x) * self.gate(emb)[:, :, None, None]  # (B, out_channels, H, W)
         x, kept = self.conv_in(x), []                                   # (B, width, H, W)
         for level, blocks in enumerate(self.down):
             if level > 0:
@@ -78,7 +83,7 @@ class UNet(nn.Module):
                 x = F.interpolate(x, scale_factor=2.0)
             for block in blocks:
                 x = block(torch.cat([x, kept.pop()], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(x)))                  # (B, out_channels, H, W)
+        return straight + self.conv_out(F.silu(self.norm_out(x)))                  # (B, out_channels, H, W)
 
 
 class Block(nn.Module):

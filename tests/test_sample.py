@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+from conftest import close
+from PIL import Image
+from test_train import do, pictures  # noqa: F401 (fixtures)
+
+import sample
+import train
+from train import seeded_noise
+
+
+@pytest.fixture
+def run(do):
+    do(train, "--method pdm --patch 2 --conditional --steps 2 --lr 0.01 --warmup 0 --out run")
+    return do
+
+
+def drawn(folder):
+    return [np.asarray(Image.open(p)).astype(int) for p in sorted(folder.iterdir())]
+
+
+def test_image_i_depends_on_the_seed_and_i_alone(run, tmp_path):
+    run(sample, "run/ckpt.pt --n 5 --steps 3 --out all --class 0")
+    run(sample, "run/ckpt.pt --n 5 --steps 3 --out batches --batch 2 --class 0")
+    run(sample, "run/ckpt.pt --n 2 --steps 3 --out few --class 0")
+    run(sample, "run/ckpt.pt --n 2 --steps 3 --out other --seed 1 --class 0")
+    images = drawn(tmp_path / "all")
+    for folder in ("batches", "few"):
+        assert all(np.abs(a - b).max() <= 1 for a, b in zip(images, drawn(tmp_path / folder)))
+    assert all(np.abs(a - b).max() > 20 for a, b in zip(images, images[1:] + drawn(tmp_path / "other")))
+    assert len(drawn(tmp_path / "batches")) == 5
+
+
+def test_seeded_noise_is_standard_normal_and_goes_on_with_every_call():
+    randn_like = seeded_noise(0, range(100))
+    a, b = randn_like(torch.empty(100, 1, 20, 20)), randn_like(torch.empty(100, 1, 20, 20))
+    for x in (a, b):
+        assert abs(x.mean()) < 5 / 200 and abs(x.std() - 1) < 5 / 283
+    assert abs((a * b).mean()) < 5 / 200 and abs((a[1:] * a[:-1]).mean()) < 5 / 199
+    assert torch.equal(seeded_noise(0, [7])(a[:1]), a[7:8])
+
+
+def test_classes_are_drawn_in_turn_or_one_by_name_or_number(run, tmp_path):
+    run(sample, "run/ckpt.pt --n 4 --steps 3 --out turn")
+    for c in "012":
+        run(sample, f"run/ckpt.pt --n 4 --steps 3 --out class{c} --class {c}")
+    images = drawn(tmp_path / "turn")
+    for i in range(4):
+        assert np.array_equal(images[i], drawn(tmp_path / f"class{i % 3}")[i])
+    assert not np.array_equal(images[0], drawn(tmp_path / "class1")[0])
+
+
+def test_guidance_1_is_the_conditional_model_and_2_is_not(run, tmp_path):
+    for w in ("1.0", "2.0"):
+        run(sample, f"run/ckpt.pt --n 2 --steps 3 --out w{w} --class 1 --guidance {w}")
+    run(sample, "run/ckpt.pt --n 2 --steps 3 --out plain --class 1")
+    assert np.array_equal(drawn(tmp_path / "w1.0"), drawn(tmp_path / "plain"))
+    assert not np.array_equal(drawn(tmp_path / "w2.0"), drawn(tmp_path / "plain"))
+
+
+def test_steps_and_eta_reach_the_method_s_own_sampler(run, tmp_path):
+    for name, flags in (("a", "--steps 3"), ("b", "--steps 2,2"), ("c", "--steps 3 --eta 0"), ("d", "--steps 3 --raw")):
+        assert run(sample, f"run/ckpt.pt --n 1 --out {name} {flags}")[0] == 0
+    first = drawn(tmp_path / "a")
+    assert all(not np.array_equal(first, drawn(tmp_path / name)) for name in "bcd")
+
+
+@pytest.mark.parametrize("line, word", [
+    ("nothing.pt", "nothing.pt"), ("run/ckpt.pt --n 0", "--n"), ("run/ckpt.pt --batch 0", "--batch"), ("run/ckpt.pt --steps 31", "31"),
+    ("run/ckpt.pt --steps many", "many"), ("run/ckpt.pt --class cat", "cat"), ("run/ckpt.pt --class 3", "3"), ("run/ckpt.pt --width 3", "--width"),
+    ("run/ckpt.pt --out run", "--out"), ("--n 4", "path"), ("run/ckpt.pt --eta lots", "lots"), ("run/ckpt.pt --device quantum", "quantum")])
+def test_a_mistake_is_one_error_line_and_writes_nothing(run, tmp_path, line, word):
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(sample, line)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: ") and word in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_guidance_and_classes_need_a_conditional_model(do):
+    do(train, "--method ddpm --steps 1 --out plain")
+    for flags in ("--guidance 2", "--class 1"):
+        code, _, err = do(sample, f"plain/ckpt.pt {flags}")
+        assert code == 2 and "--conditional" in err

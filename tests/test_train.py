@@ -1,0 +1,229 @@
+import csv
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, close
+from PIL import Image
+
+import sample
+import train
+from train import METHODS, add_flags, build, command, flags_of, load, save
+from unet import UNet
+
+SMALL = "--width 8 --mults 1 1 --attention 1 --T 30 --batch 4 --every 2 --grid 1 --device cpu --precision fp32".split()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    a = np.random.default_rng(0).integers(0, 256, (60, 3, 16, 16), np.uint8)
+    np.savez(tmp_path / "set.npz", images=a, labels=np.arange(60) % 3)
+    return tmp_path / "set.npz"
+
+
+@pytest.fixture
+def do(monkeypatch, capsys, pictures, tmp_path):
+    """Run train.py or sample.py in this process: do(train, "--method pdm ...") -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def do(module, line, small=True):
+        argv = line.split()
+        if module is train and small:
+            argv += SMALL + ([] if "--data" in argv else ["--data", str(pictures)])
+        monkeypatch.setattr(sys, "argv", [module.__name__] + argv)
+        code = 0
+        try:
+            command(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return do
+
+
+# A run
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_writes_its_checkpoint_log_and_samples_and_the_model_samples_from_the_path_alone(do, tmp_path, method):
+    code, out, _ = do(train, f"--method {method} --steps 5")
+    assert code == 0 and "60 images, 3x16x16, 3 classes" in out
+    run = tmp_path / "runs" / method
+    assert sorted(p.relative_to(run).as_posix() for p in run.rglob("*")) == [
+        "ckpt.pt", "log.csv", "samples", "samples/000002.png", "samples/000004.png", "samples/000005.png"]
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [row["step"] for row in rows] == ["2", "4", "5"] and rows[-1]["images"] == "20"
+    assert all(float(row["rmse_1"]) > 0 for row in rows)
+    elsewhere = tmp_path / "moved"
+    shutil.move(run, elsewhere)
+    code, out, _ = do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --out {tmp_path}/few")
+    assert code == 0 and [Image.open(tmp_path / "few" / f"{i:06d}.png").size for i in range(3)] == [(16, 16)] * 3
+    assert do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --eta 0 --raw")[0] == 0
+    assert (elsewhere / "samples" / "seed0.png").exists()
+
+
+def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
+    do(train, "--method pdm --patch 2 --conditional --steps 3")
+    checkpoint = torch.load(tmp_path / "runs/pdm/ckpt.pt", weights_only=True)
+    assert checkpoint["method"] == "pdm" and checkpoint["config"]["patch"] == 2 and checkpoint["config"]["lr"] == 1e-3
+    assert checkpoint["shape"] == [3, 16, 16] and checkpoint["classes"] == ["0", "1", "2"]
+    assert checkpoint["step"] == 3 and checkpoint["images"] == 12
+    assert str(tmp_path) not in json.dumps({k: v for k, v in checkpoint["config"].items() if k != "data"}, default=str)
+
+
+def weights(path, key="model"):
+    return torch.load(path / "ckpt.pt", weights_only=True)[key]
+
+
+@pytest.mark.parametrize("flags", ["--method pdm", "--method iddpm --objective vlb --conditional --flip --dropout 0.1"])
+def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(do, tmp_path, flags):
+    method = flags.split()[1]
+    do(train, f"{flags} --steps 6 --out whole")
+    do(train, f"{flags} --steps 4 --out parts")
+    assert do(train, f"--method {method} --steps 6 --out parts --resume", small=False)[0] == 0
+    for key in ("model", "ema"):
+        a, b = weights(tmp_path / "whole", key), weights(tmp_path / "parts", key)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    drop = {"seconds", "images_per_s"}
+    logs = [[{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(open(tmp_path / run / "log.csv"))] for run in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_accumulating_leaves_the_number_of_images_a_step_alone(do, tmp_path):
+    do(train, "--method ddpm --steps 2 --accumulate 4 --out parts")
+    assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["images"] == 8
+
+
+def test_the_averaged_weights_follow_closely_at_first_and_never_drift_off_a_constant(do, tmp_path):
+    do(train, "--method ddpm --steps 1 --out one --lr 0")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "one", "ema")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    do(train, "--method ddpm --steps 2 --out two --warmup 0")
+    first = torch.load(tmp_path / "one/ckpt.pt", weights_only=True)["model"]["net.conv_in.weight"]       # as initialised
+    model, ema = (weights(tmp_path / "two", key)["net.conv_in.weight"] for key in ("model", "ema"))
+    assert (ema - model).norm() < 0.5 * (model - first).norm()
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    save(path, {"a": 1})
+    def full(*_):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save(path, {"a": 2})
+    assert torch.load(path, weights_only=True) == {"a": 1}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(do, tmp_path, monkeypatch):
+    do(train, "--method pdm --steps 2")
+    before = (tmp_path / "runs/pdm/ckpt.pt").read_bytes()
+    loss, calls = METHODS["pdm"].loss, []
+    monkeypatch.setattr(METHODS["pdm"], "loss", lambda *a: loss(*a) * (float("inf") if calls.append(1) or len(calls) == 2 else 1))
+    code, _, err = do(train, "--method pdm --steps 8 --resume", small=False)
+    assert code == 2 and "step 4" in err and (tmp_path / "runs/pdm/ckpt.pt").read_bytes() == before
+
+
+def test_ctrl_c_saves_and_says_where(do, tmp_path, monkeypatch):
+    loss, calls = METHODS["pdm"].loss, []
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*a)
+    monkeypatch.setattr(METHODS["pdm"], "loss", interrupted)
+    code, out, _ = do(train, "--method pdm --steps 8")
+    assert code == 130 and "ckpt.pt" in out and torch.load(tmp_path / "runs/pdm/ckpt.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("method, flags", [("ddpm", "--variance small"), ("iddpm", ""), ("pdm", "--patch 2")])
+def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
+    image = np.zeros((1, 3, 8, 8), np.uint8)
+    image[0, 0, 2:6, 2:6], image[0, 1, :, :4], image[0, 2, 4:] = 255, 200, 120
+    np.save(tmp_path / "one.npy", image)
+    code, out, err = do(train, f"--method {method} {flags} --data one.npy --overfit 1 --steps 400 --batch 16 --every 400 --grid 1 --width 16 --lr 2e-3 "
+                        "--T 100 --mults 1 2 --attention 1 --warmup 20 --device cpu --precision fp32", small=False)
+    assert code == 0, err
+    do(sample, f"runs/{method}/ckpt.pt --n 4 --out back --steps 25 --eta 0")
+    for i in range(4):
+        back = np.asarray(Image.open(tmp_path / "back" / f"{i:06d}.png")).transpose(2, 0, 1).astype(float)
+        assert np.sqrt(np.square(back - image[0]).mean()) < 25                # of 255; the pixels' own spread is 95
+
+
+# Flags
+
+@pytest.mark.parametrize("function", [UNet, train.train, sample.sample, *METHODS.values(), *(m.sample for m in METHODS.values())],
+                         ids=lambda f: f.__qualname__)
+def test_every_keyword_argument_is_a_flag_with_a_type_and_a_help(function):
+    flags, target = flags_of(function), function.__init__ if inspect.isclass(function) else function
+    keywords = {n for n, p in inspect.signature(target).parameters.items() if p.kind is p.KEYWORD_ONLY} - {"classes", "randn_like"}
+    assert set(flags) == keywords and all(len(help) > 5 for _, help in flags.values())
+    defaults = add_flags(train.Parser(), "flags", function)
+    assert all(defaults[name] == p.default for name, (p, _) in flags.items())
+
+
+def test_flags_reach_the_method_and_the_network(do, tmp_path):
+    do(train, "--method pdm --patch 2 --predict v --weight snr+1 --no-clip --schedule linear0.025 --steps 1 --dropout 0.25 --blocks 2")
+    method, _ = load(tmp_path / "runs/pdm/ckpt.pt", device="cpu")
+    assert (method.target, method.weight, method.clip, method.net.P) == ("v", "snr+1", False, 2)
+    assert abs(1 - method.alpha_bar[30] / method.alpha_bar[29] - 0.025 * 1000 / 30) < 1e-6
+    assert method.net.net.down[0][1].dropout.p == 0.25
+
+
+@pytest.mark.parametrize("line, word", [
+    ("", "lists"), ("--help", "pdm"), ("--method pdm --help", "--patch"), ("--method iddpm --help", "--objective"), ("--method ddpm --help", "--width")])
+def test_help_lists_the_methods_and_the_flags_of_each(do, line, word):
+    code, out, err = do(train, line, small=False)
+    assert code == 0 and not err and (word in out or word == "lists" and "ddpm" in out)
+
+
+# What a user does wrong
+
+BAD = [
+    ("--method pdm --data nowhere", "nowhere"), ("--method pdm --data .", "set.npz" if False else ".npz"),
+    ("--method pdm --patch 5", "--size 10 or 20"), ("--method pdm --patch 0", "patch"), ("--method ddpm --mults 1 1 1 1 1 1", "--size 32"),
+    ("--method pdm --steps 0", "--steps"), ("--method pdm --batch 0", "--batch"), ("--method pdm --steps few", "few"),
+    ("--method ddpm --patch 4", "--patch belongs to pdm"), ("--method dppm", "pdm"), ("--steps 3", "choose a method"),
+    ("--method pdm --stps 4", "--steps"), ("--method pdm --conditional --data plain.npy", "classes"), ("--method pdm --accumulate 3", "--batch 4"),
+    ("--method pdm --device quantum", "quantum"), ("--method pdm --resume", "ckpt.pt"), ("--method pdm --predict noise", "noise"),
+    ("--method pdm --data digits --flip", "mirror"), ("--method ddpm --T 10", "larger T"), ("--method pdm --size 16 16 16", "size"),
+    ("--method pdm --attention 4", "--attention"), ("--method pdm --width 0", "--width"), ("--method pdm --mults", "--mults"), ("--method pdm extra", "extra"),
+    ("--method pdm --lr -1", "--lr"), ("--method pdm --ema 2", "--ema"), ("--method pdm --channels 2", "channels"), ("--method pdm --overfit -1", "--overfit")]
+
+
+@pytest.mark.parametrize("line, word", BAD, ids=[line for line, _ in BAD])
+def test_a_mistake_is_one_error_line_and_writes_nothing(do, tmp_path, line, word):
+    np.save(tmp_path / "plain.npy", np.zeros((8, 3, 16, 16), np.uint8))
+    before = sorted(tmp_path.rglob("*"))
+    argv = " ".join(f for k, f in enumerate(SMALL) if SMALL[k] not in line.split() and (k == 0 or not SMALL[k - 1].startswith("--") or SMALL[k - 1] not in line.split()))
+    code, _, err = do(train, f"{line} {argv}" + ("" if "--data" in line else " --data set.npz") + ("" if "--steps" in line else " --steps 2"), small=False)
+    lines = err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_holds_a_run_is_left_alone_unless_resumed(do, tmp_path):
+    do(train, "--method pdm --steps 2")
+    before = (tmp_path / "runs/pdm/ckpt.pt").read_bytes()
+    for line, word in (("--method pdm --steps 4", "--resume"), ("--method pdm --steps 4 --resume --width 16", "--width"), ("--method pdm --steps 2 --resume", "--steps"),
+                       ("--method ddpm --out runs/pdm --steps 4 --resume", "pdm")):
+        code, _, err = do(train, line, small="--resume" not in line)
+        assert code == 2 and word in err and len(err.strip().splitlines()) == 1
+    assert (tmp_path / "runs/pdm/ckpt.pt").read_bytes() == before
+
+
+def test_foreign_checkpoints_are_refused(do, tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"no checkpoint")
+    torch.save({"model": 1}, tmp_path / "other.pt")
+    torch.save(UNet(1, 1, width=8), tmp_path / "pickled.pt")
+    for name in ("junk.pt", "other.pt", "pickled.pt", "missing.pt"):
+        code, _, err = do(sample, name)
+        assert code == 2 and name in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_command_itself_prints_one_line_and_exits_with_2(tmp_path):
+    done = subprocess.run([sys.executable, HERE.parent / "train.py", "--method", "pdm", "--data", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: no such file or folder: nowhere\n" and not list(tmp_path.iterdir())
