@@ -34,7 +34,9 @@ def sample(path, sampler, *,
         if labels is None:
             raise ValueError("--guidance needs a model trained with --conditional")
         method.net = Guided(method.net, guidance)
-    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    some = torch.zeros(1, *checkpoint["shape"], device=next(method.parameters()).device)
+    next(method.sample(some, **sampler))  # one step of one image: a wrong flag shows before anything is written
+    (out.parent if out.suffix.lower() == ".png" else out).mkdir(parents=True, exist_ok=True)
     images = draw(method, checkpoint["shape"], n, seed, batch, labels, sampler)
     print(f"wrote {write(images, out)}; {n} images, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
 
