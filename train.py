@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import types
@@ -30,14 +31,13 @@ from unet import UNet
 METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM}
 
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
-DEFAULTS = {"ddpm": dict(width=32, mults=(1, 2, 4), attention=(2,), steps=4000),
-            "iddpm": dict(width=32, mults=(1, 2, 4), attention=(2,), steps=4000),
-            "pdm": dict()}
+FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000, steps=4000)
+DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}}
 
 FREE = {"steps", "every", "grid", "out", "resume", "device"}  # what --resume may change
-RANGES = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6), "every": (1, 10**9), "grid": (1, 4096), "lr": (0, 1), "warmup": (0, 10**9), "decay": (0, 10**9),
-          "ema": (0, 1), "clip_grad": (0, 1e9), "drop_label": (0, 1), "overfit": (0, 10**9), "seed": (0, 2**63), "width": (2, 10**5),
-          "blocks": (1, 100), "dropout": (0, 1), "patch": (1, 1024), "T": (2, 10**6)}
+RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
+              lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
+              width=(2, 1e5), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6))
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) of the held-out error
 
 
@@ -70,7 +70,7 @@ def train(config, state=None, *,
     """
     for name, (low, high) in RANGES.items():
         if name in config and not low <= config[name] <= high:
-            raise ValueError(f"--{name} must lie between {low} and {high:g}, got {config[name]}")
+            raise ValueError(f"--{name} must lie between {low:g} and {high:g}, got {config[name]}")
     if batch % accumulate:
         raise ValueError(f"--accumulate {accumulate} must divide --batch {batch}")
     if flip and data == "digits":
@@ -96,7 +96,7 @@ def train(config, state=None, *,
     labels, held_y = (None, None) if labels is None else (labels.to(device), held_y.to(device))
 
     torch.manual_seed(seed)
-    saved = dict(method=config["method"], config=config, shape=shape, classes=names)
+    saved = dict(method=config["method"], config={k: v for k, v in config.items() if k not in ("out", "resume", "device")}, shape=shape, classes=names)
     method = to_device(build(saved), device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     weights = list(method.parameters())
@@ -117,10 +117,10 @@ def train(config, state=None, *,
         save(run / "ckpt.pt", dict(saved, model=method.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
                                    step=step, images=step * batch, seconds=seconds + time.time() - start, rng=rng_state()))
 
-    losses, start = [], time.time()
-    since, bar = start, tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
-    try:
-        while step < steps:
+    losses, start, bar = [], time.time(), tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
+    since = start
+    with Stop() as stop:
+        while step < steps and not stop.asked:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
             loss = 0
@@ -143,15 +143,16 @@ def train(config, state=None, *,
             losses.append(loss)
             bar.update()
             report = step % every == 0 or step == steps
-            if report or len(losses) % 20 == 0:
+            if report or stop.asked or len(losses) % 20 == 0:
                 recent = torch.stack(losses).cpu()
                 if not recent.isfinite().all():
                     first = step - len(losses) + 1 + int(recent.isfinite().logical_not().nonzero()[0])
                     raise ValueError(f"the loss is not finite at step {first}; the last good checkpoint stays. Try a lower --lr, or --precision fp32")
                 bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{len(losses) * batch / (time.time() - since):.0f}", refresh=False)
+            if report or stop.asked:
+                keep()
             if report:
                 rate = len(losses) * batch / (time.time() - since)
-                keep()
                 with autocast(device, precision):
                     errors = held_out_error(averaged, held, held_y)
                     drawn = preview(averaged, shape, len(names), grid)
@@ -159,13 +160,29 @@ def train(config, state=None, *,
                 log.write(dict(step=step, images=step * batch, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
                                images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}"))
                 losses, since = [], time.time()
-    except KeyboardInterrupt:
-        keep()
-        bar.close()
+    bar.close()
+    if step < steps:
         print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
         sys.exit(130)
-    bar.close()
     print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'} and {run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}")
+
+
+class Stop:
+    """While it is open, Ctrl-C and SIGTERM only ask, so that the step is finished and saved; the second one interrupts."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def hold_out(images, labels, overfit):

@@ -1,7 +1,9 @@
 import csv
 import inspect
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -127,16 +129,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_ch
     assert code == 2 and "step 4" in err and (tmp_path / "runs/pdm/ckpt.pt").read_bytes() == before
 
 
-def test_ctrl_c_saves_and_says_where(do, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_says_where_and_resuming_is_exact(do, tmp_path, monkeypatch, number):
     loss, calls = METHODS["pdm"].loss, []
     def interrupted(*a):
         calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
         return loss(*a)
-    monkeypatch.setattr(METHODS["pdm"], "loss", interrupted)
-    code, out, _ = do(train, "--method pdm --steps 8")
-    assert code == 130 and "ckpt.pt" in out and torch.load(tmp_path / "runs/pdm/ckpt.pt", weights_only=True)["step"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["pdm"], "loss", interrupted)
+        code, out, _ = do(train, "--method pdm --steps 6 --out parts")
+    assert code == 130 and "parts/ckpt.pt" in out and torch.load("parts/ckpt.pt", weights_only=True)["step"] == 3
+    do(train, "--method pdm --steps 6 --out parts --resume", small=False)
+    do(train, "--method pdm --steps 6 --out whole")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("method, flags", [("ddpm", "--variance small"), ("iddpm", ""), ("pdm", "--patch 2")])
