@@ -116,11 +116,10 @@ class Attention(nn.Module):
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(3, 4).unbind(1)                         # (B, heads, H W, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, H W, 3 C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, H W, C / heads) each
+        h = F.scaled_dot_product_attention(q, k, v)                     # on CPU 1.0 to 1.9x as fast as softmax(q k) v
+        return x + self.out(h.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Sinusoid(nn.Module):
