@@ -70,14 +70,14 @@ class DDPM(nn.Module):
         return (1 - self.alpha_bar[s]) / (1 - self.alpha_bar[t]) * self.beta(t, s)                      # Eq. 7
 
     def beta(self, t, s):
-        return 1 - self.alpha_bar[t] / self.alpha_bar[s]
+        return 1 - self.alpha_bar[t] / self.alpha_bar[s]                                                # Eq. 2
 
     # Training
 
     def loss(self, x_0, y=None):
-        """L_simple of images in [-1, 1]; Algorithm 1."""
-        t = torch.randint(1, self.T + 1, (len(x_0), 1, 1, 1), device=x_0.device)          # Algorithm 1, line 3
-        eps = torch.randn_like(x_0)                                                       # Algorithm 1, line 4
+        """L_simple of images in [-1, 1], which is Eq. 12 without its weight beta^2 / (2 sigma^2 alpha (1 - alpha_bar))."""
+        t = torch.randint(1, self.T + 1, (len(x_0), 1, 1, 1), device=x_0.device)                        # Algorithm 1, line 3
+        eps = torch.randn_like(x_0)                                                                     # Algorithm 1, line 4
         return (eps - self.eps_theta(self.q_sample(x_0, t, eps), t, y)).square().mean()                 # Eq. 14
 
     def eps_theta(self, x_t, t, y=None):
@@ -99,7 +99,7 @@ class DDPM(nn.Module):
         """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; Eq. 1."""
         x_0_hat = self.predict(x_t, t, y)
         x_0_hat = x_0_hat.clamp(-1, 1) if self.clip else x_0_hat
-        mean, _ = self.q_posterior(x_0_hat, x_t, t, s)                                    # Eq. 11, if not clipped
+        mean, _ = self.q_posterior(x_0_hat, x_t, t, s)                                                  # Eq. 11, if not clipped
         return mean, self.log_variance(t, s), x_0_hat
 
     def log_variance(self, t, s):
@@ -121,13 +121,13 @@ class DDPM(nn.Module):
                eta: float | None = None,     # DDIM with this eta (0 = deterministic); default ancestral, Algorithm 2
                randn_like=torch.randn_like):
         """From noise x_T (B, C, H, W) to images, yielding (x, x_0_hat) after each step. steps may also list the kept t."""
-        x = noise                                                                         # Algorithm 2, line 1
+        x = noise                                                                                       # Algorithm 2, line 1
         tau = evenly_spaced(self.T, steps)
-        for s, t in reversed(list(zip([0] + tau, tau))):                                  # Algorithm 2, line 2
+        for s, t in reversed(list(zip([0] + tau, tau))):                                                # Algorithm 2, line 2
             mean, log_variance, x_0_hat = self.p_mean_variance(x, t, s, y)
-            z = randn_like(x)                                                             # Algorithm 2, line 3
+            z = randn_like(x)                                                                           # Algorithm 2, line 3
             if eta is None:
-                x = mean + (0.5 * log_variance).exp().to(x.dtype) * z if s > 0 else mean  # Algorithm 2, line 4
+                x = mean + (0.5 * log_variance).exp().to(x.dtype) * z if s > 0 else mean                # Algorithm 2, line 4
             else:
                 x = self.ddim_step(x, x_0_hat, t, s, eta, z)
             yield x, x_0_hat
@@ -136,15 +136,15 @@ class DDPM(nn.Module):
         """x_s by DDIM's Eqs. 12 and 16, the noise derived again from the (clipped) x_0_hat."""
         alpha_bar, alpha_bar_s = self.alpha_bar[t], self.alpha_bar[s]
         eps = (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_s).sqrt()  # DDIM Eq. 16
-        return alpha_bar_s.sqrt() * x_0_hat + (1 - alpha_bar_s - sigma ** 2).sqrt() * eps + sigma * z      # DDIM Eq. 12
+        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_s).sqrt() # DDIM Eq. 16
+        return alpha_bar_s.sqrt() * x_0_hat + (1 - alpha_bar_s - sigma ** 2).sqrt() * eps + sigma * z   # DDIM Eq. 12
 
     # Variational bound
 
     def vlb_term(self, x_0, x_t, t, s, mean, log_variance):
         """One term of the bound for each image, (B,), bits/dim: L_0 where s = 0, else L_{t-1}; Eq. 5."""
         posterior_mean, _ = self.q_posterior(x_0, x_t, t, s)
-        kl = normal_kl(posterior_mean, self.log_beta_tilde(t, s), mean, log_variance)                    # Eq. 5, L_{t-1}
+        kl = normal_kl(posterior_mean, self.log_beta_tilde(t, s), mean, log_variance)                   # Eqs. 5 and 8, L_{t-1}
         nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)                       # Eq. 5, L_0
         s = torch.as_tensor(s, device=x_0.device)
         return torch.where(s > 0, kl, nll).flatten(1).mean(1) / math.log(2)

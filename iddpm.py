@@ -70,7 +70,7 @@ class IDDPM(DDPM):
         if v is None:
             return super().log_variance(t, s)
         fraction = (v + 1) / 2
-        return fraction * self.beta(t, s).log() + (1 - fraction) * self.log_beta_tilde(t, s)              # Eq. 15
+        return fraction * self.beta(t, s).log() + (1 - fraction) * self.log_beta_tilde(t, s)            # Eq. 15
 
     def loss(self, x_0, y=None):
         """L_simple, L_hybrid or importance-sampled L_vlb of images in [-1, 1], by `objective`; Sec. 3."""
