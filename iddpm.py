@@ -121,7 +121,7 @@ class LossAwareSampler(nn.Module):
 
     def probabilities(self):
         """(T,) probabilities of t = 1..T; all alike until each t has a full history."""
-        p = self.losses.double().square().mean(1).sqrt()                                                # Eq. 18
+        p = self.losses.square().mean(1).sqrt()                                                # Eq. 18
         p = (1 - self.uniform) * p / p.sum() + self.uniform / len(p)        # in the code only: never quite 0
         return torch.where((self.count >= self.losses.shape[1]).all(), p, torch.ones_like(p) / len(p))  # Sec. 3.3
 
@@ -153,6 +153,9 @@ def space_timesteps(T, spec):
         if not 1 <= count <= size:
             raise ValueError(f"cannot keep {count} of a section of {size} steps")
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        kept += [start + round(stride * j) + 1 for j in range(count)]
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position) + 1)
+            position += stride                                              # a running sum, as the authors round it
         start += size
     return kept
