@@ -221,14 +221,13 @@ def autocast(device, precision):
 
 def build(checkpoint):
     """The untrained method that a checkpoint-style dict(method, config, shape, classes) describes."""
-    config, cls = checkpoint["config"], METHODS[checkpoint["method"]]
-    unet = {name: config[name] for name in flags_of(UNet)}
-    arguments = {name: config[name] for name in flags_of(cls)}
-    check_size(checkpoint["shape"][1:], config.get("patch", 1), unet["mults"], unet["attention"])
+    cls, shape = METHODS[checkpoint["method"]], checkpoint["shape"]
+    unet, arguments = ({name: checkpoint["config"].get(name, p.default) for name, (p, _) in flags_of(f).items()} for f in (UNet, cls))
+    check_size(shape[1:], arguments.get("patch", 1), unet["mults"], unet["attention"])
 
     def make_net(in_channels, out_channels):
         return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))
-    return cls(make_net, checkpoint["shape"][0], **arguments)
+    return cls(make_net, shape[0], **arguments)
 
 
 def check_size(size, patch, mults, attention):
@@ -245,7 +244,7 @@ def check_size(size, patch, mults, attention):
 def to_device(method, device):
     """Move a method; channels_last gains 1.1 to 1.4x on the CPU."""
     if device.type == "mps":  # it has no float64; the schedule loses digits there
-        method = method.float()
+        return method.float().to(device)
     return method.to(device, memory_format=torch.channels_last)
 
 
@@ -284,8 +283,11 @@ def save(path, checkpoint):
 def load(path, *, ema=True, device=None):
     """(method in eval mode, with the averaged weights or the raw ones; checkpoint dict) from a path that `save` wrote."""
     device, checkpoint = pick_device(device), read(path)
-    method = build(checkpoint)
-    method.load_state_dict(checkpoint["ema" if ema else "model"])
+    try:
+        method = build(checkpoint)
+        method.load_state_dict(checkpoint["ema" if ema else "model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit this version: {str(error).splitlines()[0]}")
     return to_device(method, device).eval().requires_grad_(False), checkpoint
 
 

@@ -76,6 +76,12 @@ def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
     assert str(tmp_path) not in json.dumps({k: v for k, v in checkpoint["config"].items() }, default=str)
 
 
+def test_a_method_can_be_built_from_a_plain_dict():
+    method = build(dict(method="pdm", config=dict(patch=2, width=8, T=10), shape=[1, 8, 12], classes=["a", "b"]))
+    assert method.T == 10 and method.net.net.label.num_embeddings == 3
+    assert method.predict(torch.zeros(1, 1, 8, 12), 5, torch.tensor([1])).shape == (1, 1, 8, 12)
+
+
 def weights(path, key="model"):
     return torch.load(path / "ckpt.pt", weights_only=True)[key]
 
@@ -226,7 +232,8 @@ def test_foreign_checkpoints_are_refused(do, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"no checkpoint")
     torch.save({"model": 1}, tmp_path / "other.pt")
     torch.save(UNet(1, 1, width=8), tmp_path / "pickled.pt")
-    for name in ("junk.pt", "other.pt", "pickled.pt", "missing.pt"):
+    torch.save({"method": "ddpm", "config": {}, "shape": [3, 8, 8], "classes": [], "ema": {}}, tmp_path / "hollow.pt")
+    for name in ("junk.pt", "other.pt", "pickled.pt", "hollow.pt", "missing.pt"):
         code, _, err = do(sample, name)
         assert code == 2 and name in err and len(err.strip().splitlines()) == 1
 
