@@ -4,6 +4,7 @@ Every keyword argument of the method, of the U-Net and of `train` below is a fla
 default the default, the comment at the end of its line the help.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import difflib
@@ -216,7 +217,7 @@ def set_rng_state(states):
 
 
 def autocast(device, precision):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 def build(checkpoint):

@@ -115,6 +115,13 @@ def test_the_averaged_weights_follow_closely_at_first_and_never_drift_off_a_cons
     assert (ema - model).norm() < 0.5 * (model - first).norm()
 
 
+def test_bf16_trains_to_the_same_loss_within_its_rounding(do, tmp_path):
+    for precision in ("fp32", "bf16"):
+        assert do(train, f"--method iddpm --steps 8 --warmup 0 --lr 0.01 --out {precision} --precision {precision}")[0] == 0
+    a, b = (list(csv.DictReader(open(tmp_path / run / "log.csv")))[-1] for run in ("fp32", "bf16"))
+    assert abs(float(a["loss"]) - float(b["loss"])) < 0.05 * float(a["loss"]) and a["loss"] != b["loss"]
+
+
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     save(path, {"a": 1})
