@@ -275,24 +275,21 @@ def digits(size=(32, 32), channels=3, count=20_000, seed=0):
         hue = uniform(0, 2 * math.pi, n, 1) - 2 * math.pi / 3 * torch.arange(3)
         return (uniform(dim, bright, n, 1) * (1 - uniform(pale, full, n, 1) * (1 - hue.cos()) / 2))[:, :, None, None]
 
-    def warp(rows):                                   # the grid that an affine map (n, 2, 3) reads at, three times finer
-        return F.affine_grid(rows, (n, 1, 3 * H, 3 * W), align_corners=False)
+    def centres(k):                                   # of k pixels across [-1, 1]
+        return (2 * torch.arange(k) + 1) / k - 1
 
     glyphs = torch.stack([glyph(d) for d in range(10)])                       # (10, 1, 96, 96) in [0, 1]
     labels = torch.arange(count)[torch.randperm(count, generator=random)] % 10
     images = torch.empty(count, channels, H, W, dtype=torch.uint8)
     for start in range(0, count, 500):
-        y = labels[start:start + 500]
-        n, short = len(y), min(H, W) / torch.tensor([W, H])
-        height, slant, turn = uniform(0.7, 0.88, n), uniform(-0.25, 0.25, n), uniform(-0.1, 0.1, n)
-        A = torch.stack([turn.cos(), slant - turn.sin(), turn.sin(), turn.cos()], dim=1).view(n, 2, 2)
-        A = A / (height.view(n, 1, 1) * short)
-        place = uniform(-1, 1, n, 2) * (1 - height.view(n, 1) * short)
-        ink = F.grid_sample(glyphs[y], warp(torch.cat([A, -A @ place[:, :, None]], dim=2)), align_corners=False)
-        ink = F.avg_pool2d(ink, 3)                                            # (n, 1, H, W)
-        angle = uniform(0, 2 * math.pi, n)
-        across = torch.stack([angle.cos(), angle.sin(), 0 * angle], dim=1)
-        ramp = torch.sigmoid(2.5 * F.avg_pool2d(warp(across[:, None].repeat(1, 2, 1))[None, ..., 0].transpose(0, 1), 3))
+        glyph_of, n = glyphs[labels[start:start + 500]], len(labels[start:start + 500])
+        height, slant, turn, angle = (uniform(low, high, n, 1, 1) for low, high in ((0.7, 0.88), (-0.25, 0.25), (-0.1, 0.1), (0, 2 * math.pi)))
+        width_x, width_y = height * min(H, W) / W, height * min(H, W) / H
+        x = (centres(3 * W) - uniform(-1, 1, n, 1, 1) * (1 - width_x)) / width_x          # three samples a pixel and direction
+        y = (centres(3 * H)[:, None] - uniform(-1, 1, n, 1, 1) * (1 - width_y)) / width_y
+        where = torch.stack([turn.cos() * x + (slant - turn.sin()) * y, turn.sin() * x + turn.cos() * y], dim=3)
+        ink = F.avg_pool2d(F.grid_sample(glyph_of, where, align_corners=False), 3)        # (n, 1, H, W)
+        ramp = torch.sigmoid(2.5 * (angle.cos() * centres(W) + angle.sin() * centres(H)[:, None]))[:, None]
         paper = ramp * colour(0.1, 0.5, 0.5, 1.0) + (1 - ramp) * colour(0.1, 0.5, 0.5, 1.0)
         image = (1 - ink) * paper + ink * colour(0.9, 1.0, 0.1, 0.65)
         image = image if channels == 3 else image.mean(1, keepdim=True)

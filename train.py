@@ -93,7 +93,9 @@ def train(config, state=None, *,
           f"{'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} in [-1, 1]")
     labels = labels if conditional else None
     (images, labels), (held, held_y) = hold_out(images, labels, overfit)
-    images, held = images.to(device), pixels.to_float(held).to(device)
+    if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)
+    held = pixels.to_float(held).to(device)
     labels, held_y = (None, None) if labels is None else (labels.to(device), held_y.to(device))
 
     torch.manual_seed(seed)
@@ -126,8 +128,8 @@ def train(config, state=None, *,
                 group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
             loss = 0
             for _ in range(accumulate):
-                i = torch.randint(len(images), (batch // accumulate,)).to(device)
-                x, y = pixels.to_float(images[i]), None if labels is None else labels[i]
+                i = torch.randint(len(images), (batch // accumulate,))
+                x, y = pixels.to_float(images[i].to(device)), None if labels is None else labels[i]
                 if flip:
                     x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
                 if y is not None:
@@ -339,11 +341,11 @@ def held_out_error(method, x, y):
 
 
 def preview(method, shape, classes, n):
-    """n images from the same noise every time, by a short deterministic chain."""
+    """n images from the same noise every time, by a chain of 50 steps."""
     device = next(method.parameters()).device
     noise = seeded_noise(0, range(n))
     y = torch.arange(n, device=device) % classes if classes else None
-    for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, steps=25, eta=0.0, randn_like=noise):
+    for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, steps=min(50, method.T), randn_like=noise):
         pass
     return x
 
@@ -414,9 +416,15 @@ def command(main):
     """Run main, with a user's mistakes as one line and exit code 2."""
     try:
         main(sys.argv[1:])
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(fail("the GPU's memory is too small for this: lower --batch, or raise --accumulate"))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(error))
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def main(argv):

@@ -32,7 +32,7 @@ def pair(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_loss_and_gradients_agree(name, exact):
+def test_cuda_cpu_parity_of_loss_and_gradients(name, exact):
     results, x = [], torch.rand(8, 3, 16, 16) * 2 - 1
     for method in pair(name):
         torch.manual_seed(1)
@@ -45,7 +45,7 @@ def test_loss_and_gradients_agree(name, exact):
 
 @pytest.mark.parametrize("eta", [None, 0.0, 1.0])
 @pytest.mark.parametrize("name", METHODS)
-def test_samplers_agree(name, eta, exact):
+def test_cuda_cpu_parity_of_the_samplers(name, eta, exact):
     noise = torch.randn(4, 3, 16, 16)
     tape = torch.randn(20, 4, 3, 16, 16)
     results = []

@@ -25,7 +25,7 @@ def test_linear_betas_are_the_authors(T):
 
 
 @pytest.mark.parametrize("T", [50, 1000, 4000])
-def test_alpha_bar_falls_from_one_at_t_0_to_almost_nothing_at_T(T):
+def test_the_linear_schedule_is_monotonic_from_one_at_t_0_to_almost_nothing_at_T(T):
     alpha_bar = DDPM(zero, 1, T=T).alpha_bar
     assert alpha_bar.dtype == torch.float64 and alpha_bar.shape == (T + 1,) and alpha_bar[0] == 1
     assert (alpha_bar.diff() < 0).all() and 0 < alpha_bar[T] < 1e-4
@@ -168,7 +168,7 @@ def ddim_error(data, steps):  # of eta = 0, against the exact solution of DDIM's
     return (last(oracle(data, clip=False).sample(noise, steps=steps, eta=0.0)) - exact).abs().max().item()
 
 
-def test_ddim_follows_the_exact_ode_and_its_error_falls_at_least_linearly_with_the_steps():
+def test_the_ddim_sampler_converges_to_the_exact_ode_at_least_linearly_in_the_steps():
     data = Gaussian()
     errors = [ddim_error(data, k) for k in (20, 80, 320)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.015

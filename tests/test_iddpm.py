@@ -30,7 +30,7 @@ def test_cosine_betas_are_the_authors(T):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_alpha_bar_falls_at_every_step_and_starts_at_one(schedule):
+def test_both_schedules_are_monotonic_and_start_at_one(schedule):
     alpha_bar = IDDPM(constants(0, 0), 1, schedule=schedule).alpha_bar
     assert alpha_bar[0] == 1 and (alpha_bar.diff() < 0).all() and alpha_bar[-1] > 0
     close(alpha_bar, cosine_alpha_bar() if schedule == "cosine" else linear_alpha_bar())

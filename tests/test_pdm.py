@@ -26,7 +26,7 @@ def oracle(data, predict="x", factor=1.0, **kw):
 # Patch round-trips
 
 @pytest.mark.parametrize("P, H, W", [(1, 5, 7), (2, 8, 8), (4, 8, 16), (8, 16, 8), (3, 9, 12), (5, 10, 10)])
-def test_unpatchify_undoes_patchify(P, H, W):
+def test_the_patch_round_trip_is_exact(P, H, W):
     x = torch.randn(2, 3, H, W)
     assert patchify(x, P).shape == (2, 3 * P * P, H // P, W // P)
     assert torch.equal(unpatchify(patchify(x, P), P), x)
@@ -133,7 +133,7 @@ def test_linear0_025_ends_its_betas_at_0_025():
 # Sampler convergence on Gaussian data
 
 @pytest.mark.parametrize("predict", ["x", "eps", "v"])
-def test_the_chain_converges_to_the_data_whatever_the_target(predict):
+def test_the_sampler_converges_to_the_data_whatever_the_target(predict):
     data = Gaussian()
     noise = torch.randn(5_000, 1, 1, 1).double()
     for options in (dict(variance="large"), dict(variance="small")):
