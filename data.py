@@ -114,28 +114,28 @@ def from_files(source, paths, read, size, channels):
         try:
             image = Image.open(io.BytesIO(read(p)))
             gray = image.mode[0] in "1LIF"
-            return np.asarray(fit(to_rgb(image), size).convert("L" if channels == 1 else "RGB")), gray
+            image = np.asarray(fit(to_rgb(image), size).convert("L" if channels == 1 else "RGB"))
+            return image[None] if channels == 1 else image.transpose(2, 0, 1), gray
         except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"cannot read {p}: {error}")
 
-    first, all_gray = decode(files[0])                                        # (H, W, 3), or (H, W)
+    first, all_gray = decode(files[0])                                        # (C, H, W)
     refuse_what_does_not_fit(source, len(files), first.size)
     images = np.empty((len(files), *first.shape), np.uint8)
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         for i, (image, gray) in enumerate(tqdm(pool.map(decode, files), f"reading {Path(source).name}", len(files), leave=False)):
             if image.shape != first.shape:
-                raise ValueError(f"images differ in size ({files[0].name} is {first.shape[1]}x{first.shape[0]}, {files[i].name} "
-                                 f"{image.shape[1]}x{image.shape[0]}): choose one, for example --size 64")
+                raise ValueError(f"images differ in size ({files[0].name} is {first.shape[2]}x{first.shape[1]}, {files[i].name} "
+                                 f"{image.shape[2]}x{image.shape[1]}): choose one, for example --size 64")
             images[i] = image
             all_gray = all_gray and gray
     finally:
         pool.shutdown(cancel_futures=True)
-    images = images if images.ndim == 4 else images[..., None]
-    images = images[..., :1] if channels is None and all_gray else images
+    images = images[:, :1].copy() if channels is None and all_gray else images
     folders = sorted({str(p.parent) for p in files})
     labels = torch.tensor([folders.index(str(p.parent)) for p in files]) if len(folders) > 1 else None
-    return to_nchw(images), labels, [Path(f).name for f in folders] if len(folders) > 1 else []
+    return torch.from_numpy(images), labels, [Path(f).name for f in folders] if len(folders) > 1 else []
 
 
 def to_rgb(image):
@@ -160,8 +160,8 @@ def refuse_what_does_not_fit(source, count, numbers):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):                             # Windows
         memory = 8e9
-    if count * numbers > memory / 2:
-        raise ValueError(f"{source}: {count:,} images need {count * numbers / 1e9:.1f} GB, more than half of this machine's "
+    if count * numbers > memory / 3:
+        raise ValueError(f"{source}: {count:,} images need {count * numbers / 1e9:.1f} GB, more than a third of this machine's "
                          f"{memory / 1e9:.1f} GB: choose a smaller --size")
 
 
