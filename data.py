@@ -133,9 +133,10 @@ def from_files(source, paths, read, size, channels):
     finally:
         pool.shutdown(cancel_futures=True)
     images = images[:, :1].copy() if channels is None and all_gray else images
-    folders = sorted({str(p.parent) for p in files})
-    labels = torch.tensor([folders.index(str(p.parent)) for p in files]) if len(folders) > 1 else None
-    return torch.from_numpy(images), labels, [Path(f).name for f in folders] if len(folders) > 1 else []
+    folders = {folder: k for k, folder in enumerate(sorted({p.parent for p in files}))}
+    if len(folders) == 1:
+        return torch.from_numpy(images), None, []
+    return torch.from_numpy(images), torch.tensor([folders[p.parent] for p in files]), [folder.name for folder in folders]
 
 
 def to_rgb(image):
