@@ -174,6 +174,14 @@ def test_importance_sampling_follows_the_root_mean_square_of_the_last_ten_losses
     close(sampler.probabilities(), 0.999 * rms / rms.sum() + 0.001 / 2, rtol=1e-5)
 
 
+def test_importance_sampling_learns_from_the_losses_before_they_are_weighted():
+    T, x_0, v = 8, 0.1, 0.4
+    terms, model = expected_terms(cosine_alpha_bar(T), x_0, v), IDDPM(constants(0, v), 1, T=T, objective="vlb")
+    for _ in range(30):
+        model.loss(torch.full((64, 1, 32, 32), x_0).double())
+    close(model.sampler.probabilities(), 0.999 * terms / terms.sum() + 0.001 / T, rtol=0.15)
+
+
 # Fewer steps
 
 @pytest.mark.parametrize("key", list(golden("respacing")["timesteps"]))
