@@ -165,10 +165,10 @@ def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
     image = np.zeros((1, 3, 8, 8), np.uint8)
     image[0, 0, 2:6, 2:6], image[0, 1, :, :4], image[0, 2, 4:] = 255, 200, 120
     np.save(tmp_path / "one.npy", image)
-    code, out, err = do(train, f"--method {method} {flags} --data one.npy --overfit 1 --steps 400 --batch 16 --every 400 --grid 1 --width 16 --lr 3e-3 --decay 0 "
+    code, out, err = do(train, f"--method {method} {flags} --data one.npy --overfit 1 --steps 350 --batch 16 --every 350 --grid 1 --width 16 --lr 3e-3 --decay 0 "
                         "--T 100 --mults 1 2 --attention 1 --warmup 20 --device cpu --precision fp32", small=False)
     assert code == 0, err
-    do(sample, f"runs/{method}/ckpt.pt --n 4 --out back --steps 25 --eta 0")
+    do(sample, f"runs/{method}/ckpt.pt --n 4 --out back")
     for i in range(4):
         back = np.asarray(Image.open(tmp_path / "back" / f"{i:06d}.png")).transpose(2, 0, 1).astype(float)
         assert np.sqrt(np.square(back - image[0]).mean()) < 25                # of 255; the pixels' own spread is 95
