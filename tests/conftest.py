@@ -6,6 +6,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the tests' tensors are small
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 

@@ -160,12 +160,12 @@ def test_ctrl_c_finishes_the_step_saves_and_says_where_and_resuming_is_exact(do,
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method, flags", [("ddpm", "--variance small"), ("iddpm", ""), ("pdm", "--patch 2")])
+@pytest.mark.parametrize("method, flags", [("ddpm", "--variance small"), ("iddpm", ""), ("pdm", "--patch 2 --steps 150")])
 def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
     image = np.zeros((1, 3, 8, 8), np.uint8)
     image[0, 0, 2:6, 2:6], image[0, 1, :, :4], image[0, 2, 4:] = 255, 200, 120
     np.save(tmp_path / "one.npy", image)
-    code, out, err = do(train, f"--method {method} {flags} --data one.npy --overfit 1 --steps 350 --batch 16 --every 350 --grid 1 --width 16 --lr 3e-3 --decay 0 "
+    code, out, err = do(train, f"--method {method} --steps 350 {flags} --data one.npy --overfit 1 --batch 16 --every 350 --grid 1 --width 16 --lr 3e-3 --decay 0 "
                         "--T 100 --mults 1 2 --attention 1 --warmup 20 --device cpu --precision fp32", small=False)
     assert code == 0, err
     do(sample, f"runs/{method}/ckpt.pt --n 4 --out back")
