@@ -10,7 +10,7 @@ A network of so few positions should predict the image (or v), not the noise. No
     alpha_t         alpha_bar[t]        (T + 1,)             this paper's alpha_t is DDPM's alpha_bar_t
     z_t, x          x_t, x_0            (B, C, H, W)         noisy and clean image
     SNR(t)          snr(t)              (B, 1, 1, 1)         alpha_bar_t / (1 - alpha_bar_t)
-    v               v_hat               (B, C, H, W)         a third target; IDDPM's v (the variance) is `var` here
+    v               out                 (B, C, H, W)         network's output, if v is its target; IDDPM's v is `var` here
     gamma_t         gamma(t)            (B, 1, 1, 1)         weight of the loss, always taken on x
 
 This is not Patch Diffusion (Wang et al. 2023), which trains on crops. Where we differ from the authors' code: the order of
@@ -73,7 +73,7 @@ class PDM(IDDPM):
         if self.target == "x":
             x_0_hat = out
         elif self.target == "eps":
-            x_0_hat = (x_t - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
+            x_0_hat = self.x_0_hat(x_t, t, out)
         else:
             x_0_hat = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * out
         return x_0_hat.to(x_t.dtype), var

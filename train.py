@@ -330,12 +330,11 @@ class Log:
 @torch.no_grad()
 def held_out_error(method, x, y):
     """{"rmse_<sigma>": error of x_0_hat} at fixed noise levels and fixed noise, on images in [-1, 1]."""
-    errors = {}
+    errors, eps = {}, seeded_noise(0, range(len(x)))(x)
     for sigma in LEVELS:
         t = int((((1 - method.alpha_bar) / method.alpha_bar).sqrt() - sigma).abs().argmin())
-        eps = seeded_noise(0, range(len(x)))(x)
-        x_0_hat = torch.cat([method.predict(method.q_sample(*part[:1], t, part[1]), t, part[2] if y is not None else None)
-                             for part in zip(x.split(64), eps.split(64), y.split(64) if y is not None else x.split(64))])
+        x_t = method.q_sample(x, t, eps)
+        x_0_hat = torch.cat([method.predict(x_t[i:i + 64], t, None if y is None else y[i:i + 64]) for i in range(0, len(x), 64)])
         errors[f"rmse_{sigma:g}"] = f"{(x_0_hat - x).square().mean().sqrt():.5f}"
     return errors
 
