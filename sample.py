@@ -1,19 +1,27 @@
 """Draw images from a trained model:  python sample.py runs/pdm/ckpt.pt
 
-The checkpoint's path is all it needs. Its flags are the keyword arguments of `sample` below and of the method's own
-`sample`:  python sample.py runs/pdm/ckpt.pt --help
+The checkpoint's path is all it needs. Its flags are the keyword arguments of `sample` below and of the sampler, which is the
+method's own or one of EDM's:  python sample.py runs/pdm/ckpt.pt --sampler heun --help
 """
+import functools
+import time
+import typing
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data as pixels
-from train import METHODS, Parser, add_flags, command, load, read, seeded_noise
+from edm import denoiser, ode_sample
+from train import METHODS, Parser, add_flags, command, flags_of, load, read, seeded_noise
 from unet import Guided
 
+SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
+                churn=dict(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003))  # EDM Table 5, ImageNet-64
 
-def sample(path, sampler, *,
+
+def sample(path, options, *,
+           sampler: typing.Literal["own", "heun", "euler", "churn"] = "own",  # the method's own, or EDM's: second order, first order, stochastic
            n: int = 64,                # number of images
            seed: int = 0,              # image i depends on (seed, i) alone, not on --n, --batch or the device
            batch: int = 64,            # images at a time; halved by itself where a GPU's memory is short
@@ -22,7 +30,7 @@ def sample(path, sampler, *,
            raw: bool = False,          # use the weights as trained, not their average
            out: str | None = None,     # a .png for one grid, or a new folder for numbered .png files; default a grid in the run
            device: str | None = None): # cuda, mps or cpu; default the first of them that is there
-    """Write n images drawn with the method's own sampler, `sampler` being its flags. Raises ValueError before any work."""
+    """Write n images drawn with `sampler` under its own `options`. Raises ValueError before any work."""
     if n < 1 or batch < 1:
         raise ValueError(f"--n and --batch must be 1 or more, got {n} and {batch}")
     out = Path(out or Path(path).parent / "samples" / f"seed{seed}.png")
@@ -34,16 +42,18 @@ def sample(path, sampler, *,
         if labels is None:
             raise ValueError("--guidance needs a model trained with --conditional")
         method.net = Guided(method.net, guidance)
-    some = torch.zeros(1, *checkpoint["shape"], device=next(method.parameters()).device)
-    next(method.sample(some, **sampler))  # one step of one image: a wrong flag shows before anything is written
+    run = method.sample if sampler == "own" else functools.partial(ode_sample, denoiser(method))
+    run = functools.partial(run, **SAMPLERS[sampler] | options)
+    next(run(torch.zeros(1, *checkpoint["shape"], device=next(method.parameters()).device)))  # a wrong flag shows before anything is written
     (out.parent if out.suffix.lower() == ".png" else out).mkdir(parents=True, exist_ok=True)
-    images = draw(method, checkpoint["shape"], n, seed, batch, labels, sampler)
-    print(f"wrote {write(images, out)}; {n} images, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
+    start = time.time()
+    images = draw(run, checkpoint["shape"], n, seed, batch, labels, next(method.parameters()).device)
+    print(f"wrote {write(images, out)}; {n} images in {time.time() - start:.1f} s, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
 
 
-def draw(method, shape, n, seed, batch, labels, sampler):
-    """n images (n, C, H, W) in [-1, 1], on the CPU."""
-    device, images, bar = next(method.parameters()).device, [], tqdm(unit=" steps")
+def draw(run, shape, n, seed, batch, labels, device):
+    """n images (n, C, H, W) in [-1, 1], on the CPU, drawn by the sampler `run`."""
+    images, bar = [], tqdm(unit=" steps")
     while len(images) < n:
         which = range(len(images), min(n, len(images) + batch))
         noise = seeded_noise(seed, which)
@@ -51,7 +61,7 @@ def draw(method, shape, n, seed, batch, labels, sampler):
         if labels is not None:
             y = labels[which.start:which.stop].to(device)
         try:
-            for x, _ in method.sample(x, y, randn_like=noise, **sampler):
+            for x, _ in run(x, y, randn_like=noise):
                 bar.update()
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
@@ -92,12 +102,16 @@ def main(argv):
             raise ValueError("the checkpoint's path comes first: python sample.py runs/pdm/ckpt.pt [flags]")
         return
     path, name = argv[0], read(argv[0])["method"]
+    first = Parser(add_help=False)
+    first.add_argument("--sampler", choices=SAMPLERS, default="own")
+    sampler = first.parse_known_args(argv)[0].sampler
+    own, edm = METHODS[name].sample, ode_sample
     parser = Parser(prog="sample.py", usage=f"python sample.py {path} [flags]", description=__doc__)
     defaults = add_flags(parser, "sampling", sample)
-    add_flags(parser, f"the sampler of {name}", METHODS[name].sample)
-    given = parser.parse(argv[1:], name)
-    own = {key: value for key, value in given.items() if key in defaults}
-    sample(path, {key: value for key, value in given.items() if key not in defaults}, **own)
+    add_flags(parser, f"the sampler of {name}" if sampler == "own" else f"EDM's sampler {sampler}", own if sampler == "own" else edm, SAMPLERS[sampler])
+    given = parser.parse(argv[1:], name, {key: "--sampler heun, euler or churn" for key in flags_of(edm)} if sampler == "own"
+                         else {key: "--sampler own" for key in flags_of(own)})
+    sample(path, {key: value for key, value in given.items() if key not in defaults}, **{key: given[key] for key in given if key in defaults})
 
 
 if __name__ == "__main__":

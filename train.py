@@ -25,21 +25,23 @@ from tqdm import tqdm
 
 import data as pixels
 from ddpm import DDPM
+from edm import EDM, denoiser
 from iddpm import IDDPM
 from pdm import PDM
 from unet import UNet
 
-METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM}
+METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM}
 
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
 FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000, steps=3600)
-DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}}
+DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2600)}
 
 FREE = {"steps", "every", "grid", "out", "resume", "device"}  # what --resume may change
 RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
               lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
-              width=(2, 1e5), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6))
-LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) of the held-out error
+              width=(2, 1e5), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
+              sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1))
+LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma of the held-out error
 
 
 def train(config, state=None, *,
@@ -330,21 +332,21 @@ class Log:
 @torch.no_grad()
 def held_out_error(method, x, y):
     """{"rmse_<sigma>": error of x_0_hat} at fixed noise levels and fixed noise, on images in [-1, 1]."""
-    errors, eps = {}, seeded_noise(0, range(len(x)))(x)
-    for sigma in LEVELS:
-        t = int((((1 - method.alpha_bar) / method.alpha_bar).sqrt() - sigma).abs().argmin())
-        x_t = method.q_sample(x, t, eps)
-        x_0_hat = torch.cat([method.predict(x_t[i:i + 64], t, None if y is None else y[i:i + 64]) for i in range(0, len(x), 64)])
-        errors[f"rmse_{sigma:g}"] = f"{(x_0_hat - x).square().mean().sqrt():.5f}"
+    D, errors, eps = denoiser(method), {}, seeded_noise(0, range(len(x)))(x)
+    for level in LEVELS:
+        noisy = x + D.round_sigma(level) * eps
+        x_0_hat = torch.cat([D(noisy[i:i + 64], level, None if y is None else y[i:i + 64]) for i in range(0, len(x), 64)])
+        errors[f"rmse_{level:g}"] = f"{(x_0_hat - x).square().mean().sqrt():.5f}"
     return errors
 
 
 def preview(method, shape, classes, n):
-    """n images from the same noise every time, by a chain of 50 steps."""
+    """n images from the same noise every time, by the method's own sampler, in 50 steps where that is a chain of T."""
     device = next(method.parameters()).device
     noise = seeded_noise(0, range(n))
     y = torch.arange(n, device=device) % classes if classes else None
-    for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, steps=min(50, method.T), randn_like=noise):
+    chain = dict(steps=min(50, method.T)) if hasattr(method, "T") else {}
+    for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, randn_like=noise, **chain):
         pass
     return x
 
@@ -374,7 +376,7 @@ def add_flags(parser, title, function, defaults={}):
     for name, (p, help) in flags_of(function).items():
         default = values[name] = defaults.get(name, p.default)
         kind = p.annotation
-        if isinstance(kind, types.UnionType):                                     # X | None
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):             # X | None
             kind = typing.get_args(kind)[0]
         if kind is bool:
             options = dict(action=argparse.BooleanOptionalAction)
@@ -399,12 +401,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
-    def parse(self, argv, method):
-        """{name: value} of the flags given; refuses the others, another method's by name."""
+    def parse(self, argv, method, needs={}):
+        """{name: value} of the flags given; refuses the others, another method's by name. needs: {flag: what it goes with}."""
         given, rest = self.parse_known_args(argv)
         for word in rest:
             name = word.lstrip("-").split("=")[0].removeprefix("no-")
             owners = [m for m, cls in METHODS.items() if name in flags_of(cls) | flags_of(cls.sample)]
+            if name in needs:
+                raise ValueError(f"--{name} goes with {needs[name]}")
             near = difflib.get_close_matches(word, self._option_string_actions, 1)
             raise ValueError(f"--{name} belongs to {', '.join(owners)}, not to {method}" if owners and method not in owners
                              else f"no such flag: {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))

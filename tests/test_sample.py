@@ -66,10 +66,22 @@ def test_steps_and_eta_reach_the_method_s_own_sampler(run, tmp_path):
     assert all(not np.array_equal(first, drawn(tmp_path / name)) for name in "bcd")
 
 
+def test_edm_s_samplers_serve_any_method_and_take_its_options(run, tmp_path):
+    for name, flags in (("own", ""), ("heun", "--sampler heun"), ("euler", "--sampler euler"), ("churn", "--sampler churn"), ("steps", "--sampler heun --steps 4"),
+                        ("rho", "--sampler heun --rho 3"), ("again", "--sampler heun --n 2 --class 1")):
+        assert run(sample, f"run/ckpt.pt --n 1 --steps 3 --class 1 --out {name} {flags}")[0] == 0
+    images = {path.name: drawn(path)[0] for path in tmp_path.iterdir() if path.is_dir() and path.name != "run"}
+    assert np.abs(images.pop("again") - images["heun"]).max() <= 1
+    assert len({image.tobytes() for image in images.values()}) == 6
+
+
 @pytest.mark.parametrize("line, word", [
     ("nothing.pt", "nothing.pt"), ("run/ckpt.pt --n 0", "--n"), ("run/ckpt.pt --batch 0", "--batch"), ("run/ckpt.pt --steps 31", "31"),
     ("run/ckpt.pt --steps many", "many"), ("run/ckpt.pt --class cat", "cat"), ("run/ckpt.pt --class 3", "3"), ("run/ckpt.pt --width 3", "--width"),
-    ("run/ckpt.pt --out run", "--out"), ("--n 4", "path"), ("run/ckpt.pt --eta lots", "lots"), ("run/ckpt.pt --device quantum", "quantum")])
+    ("run/ckpt.pt --out run", "--out"), ("--n 4", "path"), ("run/ckpt.pt --eta lots", "lots"), ("run/ckpt.pt --sampler dpm", "heun"),
+    ("run/ckpt.pt --S_churn 9", "--sampler heun"), ("run/ckpt.pt --sampler heun --eta 0", "--sampler own"), ("run/ckpt.pt --sampler heun --steps 1", "steps"),
+    ("run/ckpt.pt --sampler heun --sigma_min 3 --sigma_max 2", "sigma_min"), ("run/ckpt.pt --sampler churn --S_churn -1", "S_churn"),
+    ("run/ckpt.pt --sampler heun --alpha 0", "alpha"), ("run/ckpt.pt --sampler euler --schedule cosine", "vp"), ("run/ckpt.pt --device quantum", "quantum")])
 def test_a_mistake_is_one_error_line_and_writes_nothing(run, tmp_path, line, word):
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run(sample, line)

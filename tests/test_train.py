@@ -18,7 +18,7 @@ import train
 from train import METHODS, add_flags, build, command, flags_of, load, save
 from unet import UNet
 
-SMALL = "--width 8 --mults 1 1 --attention 1 --T 30 --batch 4 --every 2 --grid 1 --device cpu --precision fp32".split()
+SMALL = "--width 8 --mults 1 1 --attention 1 --batch 4 --every 2 --grid 1 --device cpu --precision fp32".split()
 
 
 @pytest.fixture
@@ -36,7 +36,8 @@ def do(monkeypatch, capsys, pictures, tmp_path):
     def do(module, line, small=True):
         argv = line.split()
         if module is train and small:
-            argv = SMALL + ["--data", "set.npz", *argv]                     # a flag given twice counts as given last
+            chain = ["--T", "30"] if "--method edm" not in line else []
+            argv = SMALL + chain + ["--data", "set.npz", *argv]             # a flag given twice counts as given last
         monkeypatch.setattr(sys, "argv", [module.__name__] + argv)
         code = 0
         try:
@@ -63,8 +64,10 @@ def test_a_run_writes_its_checkpoint_log_and_samples_and_the_model_samples_from_
     shutil.move(run, elsewhere)
     code, out, _ = do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --out {tmp_path}/few")
     assert code == 0 and [Image.open(tmp_path / "few" / f"{i:06d}.png").size for i in range(3)] == [(16, 16)] * 3
-    assert do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --eta 0 --raw")[0] == 0
+    assert do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --raw {'--S_churn 9' if method == 'edm' else '--eta 0'}")[0] == 0
     assert (elsewhere / "samples" / "seed0.png").exists()
+    for sampler in ("heun", "euler", "churn"):
+        assert do(sample, f"{elsewhere}/ckpt.pt --n 2 --steps 3 --sampler {sampler}")[0] == 0
 
 
 def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
@@ -160,13 +163,14 @@ def test_ctrl_c_finishes_the_step_saves_and_says_where_and_resuming_is_exact(do,
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method, flags", [("ddpm", "--variance small"), ("iddpm", ""), ("pdm", "--patch 2 --steps 150")])
+@pytest.mark.parametrize("method, flags", [("ddpm", "--variance small --T 100 --steps 320"), ("iddpm", "--T 100"), ("pdm", "--patch 2 --T 100 --steps 100"),
+                                           ("edm", "--steps 150")])
 def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
     image = np.zeros((1, 3, 8, 8), np.uint8)
     image[0, 0, 2:6, 2:6], image[0, 1, :, :4], image[0, 2, 4:] = 255, 200, 120
     np.save(tmp_path / "one.npy", image)
-    code, out, err = do(train, f"--method {method} --steps 350 {flags} --data one.npy --overfit 1 --batch 16 --every 350 --grid 1 --width 16 --lr 3e-3 --decay 0 "
-                        "--T 100 --mults 1 2 --attention 1 --warmup 20 --device cpu --precision fp32", small=False)
+    code, out, err = do(train, f"--method {method} --steps 220 {flags} --data one.npy --overfit 1 --batch 8 --grid 1 --width 16 --lr 4e-3 --decay 0 "
+                        "--mults 1 2 --attention 1 --warmup 20 --device cpu --precision fp32", small=False)
     assert code == 0, err
     do(sample, f"runs/{method}/ckpt.pt --n 4 --out back")
     for i in range(4):
@@ -208,6 +212,7 @@ BAD = [
     ("--method pdm --patch 5", "--size 10 or 20"), ("--method pdm --patch 0", "patch"), ("--method ddpm --mults 1 1 1 1 1 1", "--size 32"),
     ("--method pdm --steps 0", "--steps"), ("--method pdm --batch 0", "--batch"), ("--method pdm --steps few", "few"),
     ("--method ddpm --patch 4", "--patch belongs to pdm"), ("--method dppm", "pdm"), ("--steps 3", "choose a method"),
+    ("--method edm --precond ddim", "ddim"), ("--method edm --augment 2", "--augment"), ("--method pdm --sigma_data 1", "--sigma_data belongs to edm"),
     ("--method pdm --stps 4", "--steps"), ("--method pdm --conditional --data plain.npy", "classes"), ("--method pdm --accumulate 3", "--batch 4"),
     ("--method pdm --device quantum", "quantum"), ("--method pdm --resume", "ckpt.pt"), ("--method pdm --predict noise", "noise"),
     ("--method pdm --data digits --flip", "mirror"), ("--method ddpm --T 10", "larger T"), ("--method pdm --size 16 16 16", "size"),
