@@ -8,12 +8,14 @@ import time
 import typing
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import data as pixels
 from edm import denoiser, ode_sample
-from train import METHODS, Parser, add_flags, command, flags_of, load, read, seeded_noise
+from patch_diffusion import PatchDiffusion, coordinates
+from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, read, seeded_noise
 from unet import Guided
 
 SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
@@ -26,29 +28,61 @@ def sample(path, options, *,
            seed: int = 0,              # image i depends on (seed, i) alone, not on --n, --batch or the device
            batch: int = 64,            # images at a time; halved by itself where a GPU's memory is short
            class_: str | None = None,  # one class, by name or number; default all of them in turn
-           guidance: float = 1.0,      # weight of classifier-free guidance; 1 is the plain conditional model
+           guidance: float | None = None,  # weight of classifier-free guidance; default 1, the plain conditional model; patch_diffusion 1.3
+           window: tuple[int, ...] = (),  # patch_diffusion: y x h w, only this part of the image, drawn at its place
+           canvas: tuple[int, ...] = (),  # patch_diffusion: height and width of a larger or smaller canvas, with --extend or --zoom
+           extend: bool = False,       # the canvas goes on past the image: coordinates beyond 1
+           zoom: bool = False,         # the canvas is the image at another size: coordinates within 1
            raw: bool = False,          # use the weights as trained, not their average
-           out: str | None = None,     # a .png for one grid, or a new folder for numbered .png files; default a grid in the run
+           out: str | None = None,     # a .png for one grid, a new folder for numbered .png files, a .npy for latents; default in the run
            device: str | None = None): # cuda, mps or cpu; default the first of them that is there
     """Write n images drawn with `sampler` under its own `options`. Raises ValueError before any work."""
     if n < 1 or batch < 1:
         raise ValueError(f"--n and --batch must be 1 or more, got {n} and {batch}")
-    out = Path(out or Path(path).parent / "samples" / f"seed{seed}.png")
-    if out.suffix.lower() != ".png" and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} must end in .png, or be a new or empty folder")
     method, checkpoint = load(path, ema=not raw, device=device)
+    suffix = ".npy" if checkpoint.get("latents") else ".png"
+    out = Path(out or Path(path).parent / "samples" / f"seed{seed}{suffix}")
+    if out.suffix.lower() != suffix and (suffix == ".npy" or out.suffix.lower() == ".npy" or out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ValueError(f"--out {out} must end in {suffix}" + (", or be a new or empty folder" if suffix == ".png" else ": this model draws latents"))
     labels = choose_labels(n, class_, checkpoint["classes"])
-    if guidance != 1.0:
-        if labels is None:
-            raise ValueError("--guidance needs a model trained with --conditional")
+    shape = place(method, checkpoint, window, canvas, extend, zoom)
+    if guidance is not None and labels is None:
+        raise ValueError("--guidance needs a model trained with --conditional")
+    guidance = getattr(method, "guidance", 1.0) if guidance is None else guidance
+    if guidance != 1.0 and labels is not None:
         method.net = Guided(method.net, guidance)
     run = method.sample if sampler == "own" else functools.partial(ode_sample, denoiser(method))
     run = functools.partial(run, **SAMPLERS[sampler] | options)
-    next(run(torch.zeros(1, *checkpoint["shape"], device=next(method.parameters()).device)))  # a wrong flag shows before anything is written
-    (out.parent if out.suffix.lower() == ".png" else out).mkdir(parents=True, exist_ok=True)
+    next(run(torch.zeros(1, *shape, device=next(method.parameters()).device)))  # a wrong flag shows before anything is written
+    (out.parent if out.suffix.lower() == suffix else out).mkdir(parents=True, exist_ok=True)
     start = time.time()
-    images = draw(run, checkpoint["shape"], n, seed, batch, labels, next(method.parameters()).device)
+    images = draw(run, shape, n, seed, batch, labels, next(method.parameters()).device)
     print(f"wrote {write(images, out)}; {n} images in {time.time() - start:.1f} s, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
+
+
+def place(method, checkpoint, window, canvas, extend, zoom):
+    """(C, h, w) of the images to draw, a PatchDiffusion told where they lie; ValueError for a place that cannot be."""
+    (C, H, W), config = checkpoint["shape"], checkpoint["config"]
+    if not window and not canvas:
+        if extend or zoom:
+            raise ValueError("--extend and --zoom go with --canvas")
+        return C, H, W
+    if not isinstance(method, PatchDiffusion):
+        raise ValueError(f"--{'window' if window else 'canvas'} belongs to patch_diffusion: {checkpoint['method']} knows no coordinates")
+    if window:
+        y, x, h, w = window if len(window) == 4 else (0, 0, 0, 0)
+        if canvas or extend or zoom or min(y, x) < 0 or min(h, w) < 1 or y + h > H or x + w > W:
+            raise ValueError(f"--window takes y x h w within the image of {H}x{W}, without --canvas, --extend and --zoom; got {' '.join(map(str, window))}")
+        coords = coordinates(H, W)[:, y:y + h, x:x + w]
+    else:
+        h, w = canvas if len(canvas) == 2 else canvas * 2 if len(canvas) == 1 else (0, 0)
+        if min(h, w) < 1 or extend == zoom:
+            raise ValueError("--canvas takes height and width, and either --extend or --zoom")
+        coords = coordinates(h, w, (H, W)) if extend else coordinates(h, w)
+        print(f"note: the model was trained on {H}x{W}; how good a canvas of {h}x{w} looks is not promised")
+    check_size((h, w), 1, config["mults"], config["attention"])
+    method.look_at(coords.to(next(method.parameters()).device))
+    return C, h, w
 
 
 def draw(run, shape, n, seed, batch, labels, device):
@@ -86,9 +120,11 @@ def choose_labels(n, class_, names):
 
 
 def write(images, out):
-    """One grid if out ends in .png, else numbered .png files. Returns the path written."""
+    """One grid if out ends in .png, numbers as they are if in .npy, else numbered .png files. Returns the path written."""
     if out.suffix.lower() == ".png":
         pixels.save_grid(images, out)
+    elif out.suffix.lower() == ".npy":
+        np.save(out, images.numpy())
     else:
         for i, image in enumerate(images):
             pixels.to_image(image).save(out / f"{i:06d}.png")

@@ -27,20 +27,22 @@ import data as pixels
 from ddpm import DDPM
 from edm import EDM, denoiser
 from iddpm import IDDPM
+from patch_diffusion import PatchDiffusion, patch_sizes
 from pdm import PDM
 from unet import UNet
 
-METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM}
+METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM, "patch_diffusion": PatchDiffusion}
 
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
 FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000, steps=3600)
-DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2600)}
+DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2600),
+            "patch_diffusion": FULL_GRID | dict(steps=2600)}
 
 FREE = {"steps", "every", "grid", "out", "resume", "device"}  # what --resume may change
 RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
               lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
               width=(2, 1e5), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
-              sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1))
+              sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1), p_full=(0, 1))
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma of the held-out error
 
 
@@ -94,6 +96,9 @@ def train(config, state=None, *,
     print(f"{data}: {len(images):,} images, {'x'.join(map(str, shape))}, "
           f"{'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} in [-1, 1]")
     labels = labels if conditional else None
+    latents = images.is_floating_point()
+    if latents and "quarter" in config:
+        config = config | dict(quarter=False)
     (images, labels), (held, held_y) = hold_out(images, labels, overfit)
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -101,17 +106,19 @@ def train(config, state=None, *,
     labels, held_y = (None, None) if labels is None else (labels.to(device), held_y.to(device))
 
     torch.manual_seed(seed)
-    saved = dict(method=config["method"], config={k: v for k, v in config.items() if k not in ("out", "resume", "device")}, shape=shape, classes=names)
+    saved = dict(method=config["method"], config={k: v for k, v in config.items() if k not in ("out", "resume", "device")}, shape=shape, classes=names, latents=latents)
     method = to_device(build(saved), device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     weights = list(method.parameters())
     optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
-    step, seconds = 0, 0.0
+    step, seen, seconds, R = 0, 0, 0.0, min(shape[1:])
+    sizes = dict.fromkeys(patch_sizes(R, method.p_full, method.quarter), 0) if isinstance(method, PatchDiffusion) else {}  # {crop size: steps}
     if resume:
         method.load_state_dict(state["model"])
         averaged.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        step, seen, seconds = state["step"], state["images"], state["seconds"]
+        sizes |= state.get("sizes", {})
         set_rng_state(state["rng"])
     make_folder(run, room=40 * sum(p.numel() for p in weights))
     log = Log(run / "log.csv", step)
@@ -120,31 +127,35 @@ def train(config, state=None, *,
     def keep():
         averaged.load_state_dict(method.state_dict() | dict(averaged.named_parameters()))   # buffers are copied, not averaged
         save(run / "ckpt.pt", dict(saved, model=method.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
-                                   step=step, images=step * batch, seconds=seconds + time.time() - start, rng=rng_state()))
+                                   step=step, images=seen, sizes=sizes, seconds=seconds + time.time() - start, rng=rng_state()))
 
     losses, start, bar = [], time.time(), tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
-    since = start
+    since, seen_before = start, seen
     with Stop() as stop:
         while step < steps and not stop.asked:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
-            loss = 0
+            loss, n, crop = 0, batch, ()
+            if sizes:
+                size = method.draw_size(R, step / steps)
+                sizes[size] += 1
+                n, crop = batch * R // size, (size,)
             for _ in range(accumulate):
-                i = torch.randint(len(images), (batch // accumulate,))
+                i = torch.randint(len(images), (n // accumulate,))
                 x, y = pixels.to_float(images[i].to(device)), None if labels is None else labels[i]
                 if flip:
                     x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
                 if y is not None:
                     y = torch.where(torch.rand(len(y), device=device) < drop_label, -1, y)
                 with autocast(device, precision):
-                    part = method.loss(x, y) / accumulate
+                    part = method.loss(x, y, *crop) / accumulate
                 part.backward()
                 loss = loss + part.detach()
             torch.nn.utils.clip_grad_norm_(weights, clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(list(averaged.parameters()), [w.detach() for w in weights], 1 - min(ema, (1 + step) / (10 + step)))
-            step += 1
+            torch._foreach_lerp_(list(averaged.parameters()), [w.detach() for w in weights], 1 - min(ema, (batch + seen) / (10 * batch + seen)) ** (n / batch))
+            step, seen = step + 1, seen + n
             losses.append(loss)
             bar.update()
             report = step % every == 0 or step == steps
@@ -153,18 +164,19 @@ def train(config, state=None, *,
                 if not recent.isfinite().all():
                     first = step - len(losses) + 1 + int(recent.isfinite().logical_not().nonzero()[0])
                     raise ValueError(f"the loss is not finite at step {first}; the last good checkpoint stays. Try a lower --lr, or --precision fp32")
-                bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{len(losses) * batch / (time.time() - since):.0f}", refresh=False)
+                bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{(seen - seen_before) / (time.time() - since):.0f}", refresh=False)
             if report or stop.asked:
                 keep()
             if report:
-                rate = len(losses) * batch / (time.time() - since)
+                rate = (seen - seen_before) / (time.time() - since)
                 with autocast(device, precision):
                     errors = held_out_error(averaged, held, held_y)
                     drawn = preview(averaged, shape, len(names), grid)
                 pixels.save_grid(drawn, run / "samples" / f"{step:06d}.png")
-                log.write(dict(step=step, images=step * batch, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
-                               images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}"))
-                losses, since = [], time.time()
+                log.write(dict(step=step, images=seen, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
+                               images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}",
+                               **{f"share_{size}": f"{count / step:.4f}" for size, count in sizes.items()}))
+                losses, since, seen_before = [], time.time(), seen
     bar.close()
     if step < steps:
         print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
@@ -228,22 +240,24 @@ def build(checkpoint):
     """The untrained method that a checkpoint-style dict(method, config, shape, classes) describes."""
     cls, shape = METHODS[checkpoint["method"]], checkpoint["shape"]
     unet, arguments = ({name: checkpoint["config"].get(name, p.default) for name, (p, _) in flags_of(f).items()} for f in (UNet, cls))
-    check_size(shape[1:], arguments.get("patch", 1), unet["mults"], unet["attention"])
+    crops = (4 if arguments["quarter"] else 2) if arguments.get("p_full", 1) < 1 else 1
+    check_size(shape[1:], arguments.get("patch", 1), unet["mults"], unet["attention"], crops)
 
     def make_net(in_channels, out_channels):
         return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))
     return cls(make_net, shape[0], **arguments)
 
 
-def check_size(size, patch, mults, attention):
-    """ValueError where patches and levels do not divide the image, with the nearest sizes that they do."""
+def check_size(size, patch, mults, attention, crops=1):
+    """ValueError where patches, crops (down to R / crops) and levels do not divide the image, with the nearest sizes that they do."""
     if not all(0 <= level < len(mults) for level in attention):
         raise ValueError(f"--attention names levels of the U-Net, 0 to {len(mults) - 1} with these --mults, got {' '.join(map(str, attention))}")
-    k = patch * 2 ** (len(mults) - 1)
+    k = patch * crops * 2 ** (len(mults) - 1)
     if any(n % k for n in size):
         near = sorted({max(k, n // k * k) for n in size} | {-(-n // k) * k for n in size})
-        raise ValueError(f"image size {'x'.join(map(str, size))} is not divisible by {k} (patch {patch} x 2^{len(mults) - 1} for {len(mults)} levels): "
-                         f"choose --size {' or '.join(map(str, near))}, or another --patch or --mults")
+        why = f"crops of R/{crops} x" if crops > 1 else f"patch {patch} x"
+        raise ValueError(f"image size {'x'.join(map(str, size))} is not divisible by {k} ({why} 2^{len(mults) - 1} for {len(mults)} levels): "
+                         f"choose --size {' or '.join(map(str, near))}, or another --{'mults' if crops > 1 else 'patch or --mults'}")
 
 
 def to_device(method, device):

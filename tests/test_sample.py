@@ -94,3 +94,41 @@ def test_guidance_and_classes_need_a_conditional_model(do):
     for flags in ("--guidance 2", "--class 1"):
         code, _, err = do(sample, f"plain/ckpt.pt {flags}")
         assert code == 2 and "--conditional" in err
+
+
+# Patch Diffusion's canvas
+
+def test_windows_and_canvases_have_their_size_and_only_the_canvas_comes_with_a_note(do, tmp_path):
+    assert do(train, "--method patch_diffusion --steps 2 --lr 0.01 --warmup 0 --conditional --out run")[0] == 0
+    for name, flags, size, note in (("whole", "", (16, 16), False), ("window", "--window 2 4 8 12", (12, 8), False), ("extend", "--canvas 16 24 --extend", (24, 16), True),
+                                    ("zoom", "--canvas 24 --zoom", (24, 24), True), ("plain", "--guidance 1", (16, 16), False)):
+        code, out, err = do(sample, f"run/ckpt.pt --n 2 --steps 2 --out {name} {flags}")
+        assert code == 0 and ("not promised" in out) == note, err
+        assert [Image.open(p).size for p in (tmp_path / name).iterdir()] == [size] * 2
+    assert not np.array_equal(drawn(tmp_path / "whole")[0], drawn(tmp_path / "plain")[0])  # guidance is 1.3 by default
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--window 2 4 8", "y x h w"), ("--window 10 0 8 8", "16x16"), ("--window 0 0 8 8 --zoom", "--zoom"), ("--canvas 32 32", "--extend"),
+    ("--canvas 32 --extend --zoom", "--zoom"), ("--extend", "--canvas"), ("--canvas 17 --zoom", "16 or 18"), ("--out some.npy", ".png")])
+def test_a_place_that_cannot_be_is_one_error_line(do, tmp_path, flags, word):
+    do(train, "--method patch_diffusion --steps 1 --out run")
+    code, out, err = do(sample, f"run/ckpt.pt --n 1 --steps 2 {flags}")
+    assert code == 2 and len(err.strip().splitlines()) == 1 and word in err and not list(tmp_path.rglob("seed0*"))
+
+
+def test_other_methods_know_no_windows(run):
+    for flag in ("--window 0 0 8 8", "--canvas 32 --zoom"):
+        code, _, err = run(sample, f"run/ckpt.pt {flag}")
+        assert code == 2 and "belongs to patch_diffusion" in err
+
+
+def test_latents_are_trained_on_halves_at_least_and_come_out_as_numbers(do, tmp_path):
+    np.save(tmp_path / "latents.npy", 3 * np.random.default_rng(0).standard_normal((50, 5, 8, 8)).astype(np.float32))
+    assert do(train, "--method patch_diffusion --data latents.npy --steps 6 --every 6 --out run --batch 8")[0] == 0
+    checkpoint = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert set(checkpoint["sizes"]) == {8, 4} and checkpoint["config"]["quarter"] is False
+    assert do(sample, "run/ckpt.pt --n 3 --steps 2")[0] == 0
+    drawn = np.load(tmp_path / "run/samples/seed0.npy")
+    assert drawn.shape == (3, 5, 8, 8) and drawn.dtype == np.float32 and np.isfinite(drawn).all()
+    assert do(sample, "run/ckpt.pt --n 1 --out x.png")[0] == 2

@@ -36,7 +36,7 @@ def do(monkeypatch, capsys, pictures, tmp_path):
     def do(module, line, small=True):
         argv = line.split()
         if module is train and small:
-            chain = ["--T", "30"] if "--method edm" not in line else []
+            chain = ["--T", "30"] if not {"edm", "patch_diffusion"} & set(argv) else []
             argv = SMALL + chain + ["--data", "set.npz", *argv]             # a flag given twice counts as given last
         monkeypatch.setattr(sys, "argv", [module.__name__] + argv)
         code = 0
@@ -58,13 +58,13 @@ def test_a_run_writes_its_checkpoint_log_and_samples_and_the_model_samples_from_
     assert sorted(p.relative_to(run).as_posix() for p in run.rglob("*")) == [
         "ckpt.pt", "log.csv", "samples", "samples/000002.png", "samples/000004.png", "samples/000005.png"]
     rows = list(csv.DictReader(open(run / "log.csv")))
-    assert [row["step"] for row in rows] == ["2", "4", "5"] and rows[-1]["images"] == "20"
+    assert [row["step"] for row in rows] == ["2", "4", "5"] and (rows[-1]["images"] == "20" or method == "patch_diffusion")
     assert all(float(row["rmse_1"]) > 0 for row in rows)
     elsewhere = tmp_path / "moved"
     shutil.move(run, elsewhere)
     code, out, _ = do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --out {tmp_path}/few")
     assert code == 0 and [Image.open(tmp_path / "few" / f"{i:06d}.png").size for i in range(3)] == [(16, 16)] * 3
-    assert do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --raw {'--S_churn 9' if method == 'edm' else '--eta 0'}")[0] == 0
+    assert do(sample, f"{elsewhere}/ckpt.pt --n 3 --steps 4 --raw {'--eta 0' if 'eta' in flags_of(METHODS[method].sample) else '--S_churn 9'}")[0] == 0
     assert (elsewhere / "samples" / "seed0.png").exists()
     for sampler in ("heun", "euler", "churn"):
         assert do(sample, f"{elsewhere}/ckpt.pt --n 2 --steps 3 --sampler {sampler}")[0] == 0
@@ -89,7 +89,7 @@ def weights(path, key="model"):
     return torch.load(path / "ckpt.pt", weights_only=True)[key]
 
 
-@pytest.mark.parametrize("flags", ["--method pdm", "--method iddpm --objective vlb --conditional --flip --dropout 0.1"])
+@pytest.mark.parametrize("flags", ["--method pdm", "--method patch_diffusion", "--method iddpm --objective vlb --conditional --flip --dropout 0.1"])
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(do, tmp_path, flags):
     method = flags.split()[1]
     do(train, f"{flags} --steps 6 --out whole")
@@ -178,6 +178,14 @@ def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
         assert np.sqrt(np.square(back - image[0]).mean()) < 25                # of 255; the pixels' own spread is 95
 
 
+def test_a_run_on_crops_counts_the_images_it_saw_and_logs_the_shares_of_the_sizes(do, tmp_path):
+    do(train, "--method patch_diffusion --steps 40 --every 20 --p_full 0.25")
+    rows, sizes = list(csv.DictReader(open(tmp_path / "runs/patch_diffusion/log.csv"))), torch.load(tmp_path / "runs/patch_diffusion/ckpt.pt", weights_only=True)["sizes"]
+    assert list(sizes) == [16, 8, 4] and sum(sizes.values()) == 40 and min(sizes.values()) > 1
+    assert [float(rows[-1][f"share_{s}"]) for s in sizes] == [count / 40 for count in sizes.values()]
+    assert int(rows[-1]["images"]) == 4 * (sizes[16] + 2 * sizes[8] + 4 * sizes[4])
+
+
 # Flags
 
 @pytest.mark.parametrize("function", [UNet, train.train, sample.sample, *METHODS.values(), *(m.sample for m in METHODS.values())],
@@ -212,7 +220,8 @@ BAD = [
     ("--method pdm --patch 5", "--size 10 or 20"), ("--method pdm --patch 0", "patch"), ("--method ddpm --mults 1 1 1 1 1 1", "--size 32"),
     ("--method pdm --steps 0", "--steps"), ("--method pdm --batch 0", "--batch"), ("--method pdm --steps few", "few"),
     ("--method ddpm --patch 4", "--patch belongs to pdm"), ("--method dppm", "pdm"), ("--steps 3", "choose a method"),
-    ("--method edm --precond ddim", "ddim"), ("--method edm --augment 2", "--augment"), ("--method pdm --sigma_data 1", "--sigma_data belongs to edm"),
+    ("--method edm --precond ddim", "ddim"), ("--method patch_diffusion --p_full 2", "--p_full"), ("--method patch_diffusion --size 20", "R/4"),
+    ("--method edm --p_full 1", "--p_full belongs to patch_diffusion"), ("--method edm --augment 2", "--augment"), ("--method pdm --sigma_data 1", "--sigma_data belongs to edm"),
     ("--method pdm --stps 4", "--steps"), ("--method pdm --conditional --data plain.npy", "classes"), ("--method pdm --accumulate 3", "--batch 4"),
     ("--method pdm --device quantum", "quantum"), ("--method pdm --resume", "ckpt.pt"), ("--method pdm --predict noise", "noise"),
     ("--method pdm --data digits --flip", "mirror"), ("--method ddpm --T 10", "larger T"), ("--method pdm --size 16 16 16", "size"),
