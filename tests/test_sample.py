@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,26 @@ import train
 from train import seeded_noise
 
 
-@pytest.fixture
-def run(do):
-    do(train, "--method pdm --patch 2 --conditional --steps 2 --lr 0.01 --warmup 0 --out run")
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+def a_run(do, trained, tmp_path, name, flags):  # trained once, copied for each test
+    if not (trained / name).exists():
+        assert do(train, f"{flags} --out {trained / name}")[0] == 0
+    shutil.copytree(trained / name, tmp_path / "run")
     return do
+
+
+@pytest.fixture
+def run(do, trained, tmp_path):
+    return a_run(do, trained, tmp_path, "pdm", "--method pdm --patch 2 --conditional --steps 2 --lr 0.01 --warmup 0")
+
+
+@pytest.fixture
+def run_on_crops(do, trained, tmp_path):
+    return a_run(do, trained, tmp_path, "crops", "--method patch_diffusion --steps 2 --lr 0.01 --warmup 0 --conditional")
 
 
 def drawn(folder):
@@ -98,11 +116,10 @@ def test_guidance_and_classes_need_a_conditional_model(do):
 
 # Patch Diffusion's canvas
 
-def test_windows_and_canvases_have_their_size_and_only_the_canvas_comes_with_a_note(do, tmp_path):
-    assert do(train, "--method patch_diffusion --steps 2 --lr 0.01 --warmup 0 --conditional --out run")[0] == 0
+def test_windows_and_canvases_have_their_size_and_only_the_canvas_comes_with_a_note(run_on_crops, tmp_path):
     for name, flags, size, note in (("whole", "", (16, 16), False), ("window", "--window 2 4 8 12", (12, 8), False), ("extend", "--canvas 16 24 --extend", (24, 16), True),
                                     ("zoom", "--canvas 24 --zoom", (24, 24), True), ("plain", "--guidance 1", (16, 16), False)):
-        code, out, err = do(sample, f"run/ckpt.pt --n 2 --steps 2 --out {name} {flags}")
+        code, out, err = run_on_crops(sample, f"run/ckpt.pt --n 2 --steps 2 --out {name} {flags}")
         assert code == 0 and ("not promised" in out) == note, err
         assert [Image.open(p).size for p in (tmp_path / name).iterdir()] == [size] * 2
     assert not np.array_equal(drawn(tmp_path / "whole")[0], drawn(tmp_path / "plain")[0])  # guidance is 1.3 by default
@@ -111,9 +128,8 @@ def test_windows_and_canvases_have_their_size_and_only_the_canvas_comes_with_a_n
 @pytest.mark.parametrize("flags, word", [
     ("--window 2 4 8", "y x h w"), ("--window 10 0 8 8", "16x16"), ("--window 0 0 8 8 --zoom", "--zoom"), ("--canvas 32 32", "--extend"),
     ("--canvas 32 --extend --zoom", "--zoom"), ("--extend", "--canvas"), ("--canvas 17 --zoom", "16 or 18"), ("--out some.npy", ".png")])
-def test_a_place_that_cannot_be_is_one_error_line(do, tmp_path, flags, word):
-    do(train, "--method patch_diffusion --steps 1 --out run")
-    code, out, err = do(sample, f"run/ckpt.pt --n 1 --steps 2 {flags}")
+def test_a_place_that_cannot_be_is_one_error_line(run_on_crops, tmp_path, flags, word):
+    code, out, err = run_on_crops(sample, f"run/ckpt.pt --n 1 --steps 2 {flags}")
     assert code == 2 and len(err.strip().splitlines()) == 1 and word in err and not list(tmp_path.rglob("seed0*"))
 
 
