@@ -95,25 +95,24 @@ class DDPM(nn.Module):
         """x_0_hat (B, C, H, W), not clipped."""
         return self.x_0_hat(x_t, t, self.eps_theta(x_t, t, y))
 
-    def p_mean_variance(self, x_t, t, s, y=None):
-        """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; Eq. 1."""
+    def p_mean_variance(self, x_t, t, s, y=None, first=(1, 2)):
+        """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; Eq. 1. first: see log_beta_tilde."""
         x_0_hat = self.predict(x_t, t, y)
         x_0_hat = x_0_hat.clamp(-1, 1) if self.clip else x_0_hat
         mean, _ = self.q_posterior(x_0_hat, x_t, t, s)                                                  # Eq. 11, if not clipped
-        return mean, self.log_variance(t, s), x_0_hat
+        return mean, self.log_variance(t, s, first), x_0_hat
 
-    def log_variance(self, t, s):
+    def log_variance(self, t, s, first=(1, 2)):
         """log sigma_t^2 of the reverse step, float64; Sec. 3.2."""
-        log_beta_tilde = self.log_beta_tilde(t, s)
+        log_beta_tilde = self.log_beta_tilde(t, s, first)
         if self.variance == "small":
             return log_beta_tilde
         return torch.where(torch.as_tensor(s, device=log_beta_tilde.device) > 0, self.beta(t, s).log(), log_beta_tilde)
 
-    def log_beta_tilde(self, t, s):
-        """Log of the posterior variance, which is 0 at s = 0: there it is that of the step from 2 to 1."""
+    def log_beta_tilde(self, t, s, first=(1, 2)):
+        """Log of the posterior variance, which is 0 at s = 0: there it is that of the step between the chain's first two t."""
         t, s = (torch.as_tensor(k, device=self.alpha_bar.device) for k in (t, s))
-        t, s = torch.where(s > 0, t, 2), s.clamp(min=1)
-        return self.beta_tilde(t, s).log()
+        return self.beta_tilde(torch.where(s > 0, t, first[1]), torch.where(s > 0, s, first[0])).log()
 
     @torch.no_grad()
     def sample(self, noise, y=None, *,
@@ -122,7 +121,7 @@ class DDPM(nn.Module):
                randn_like=torch.randn_like):
         """From noise x_T (B, C, H, W) to images, yielding (x, x_0_hat) after each step. steps may also list the kept t."""
         x = noise                                                                                       # Algorithm 2, line 1
-        tau = evenly_spaced(self.T, steps)
+        tau = self.kept_steps(steps)
         for s, t in reversed(list(zip([0] + tau, tau))):                                                # Algorithm 2, line 2
             mean, log_variance, x_0_hat = self.p_mean_variance(x, t, s, y)
             z = randn_like(x)                                                                           # Algorithm 2, line 3
@@ -139,10 +138,35 @@ class DDPM(nn.Module):
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_s).sqrt() # DDIM Eq. 16
         return alpha_bar_s.sqrt() * x_0_hat + (1 - alpha_bar_s - sigma ** 2).sqrt() * eps + sigma * z   # DDIM Eq. 12
 
+    def kept_steps(self, steps):
+        """The t of a chain, [tau_1, ...] increasing."""
+        return evenly_spaced(self.T, steps)
+
     # Variational bound
+
+    @torch.no_grad()
+    def bits_per_dim(self, x_0, y=None, *, steps=None, randn_like=torch.randn_like, progress=iter):
+        """The bound on -log2 p(x_0) per dimension of 8-bit images in [-1, 1], one noise draw a term; Eq. 5.
+
+        A dict of prior (B,), which is L_T; terms (B, steps), L_0 first; mse (B, steps) of x_0_hat; total (B,), prior + terms.
+        steps as in `sample`; progress wraps the loop (tqdm).
+        """
+        tau, terms, mse = self.kept_steps(steps), [], []
+        if len(tau) < 2:
+            raise ValueError("the bound needs 2 steps or more")
+        for s, t in progress(list(zip([0] + tau, tau))):
+            x_t = self.q_sample(x_0, t, randn_like(x_0))
+            mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])
+            terms.append(self.vlb_term(x_0, x_t, t, s, mean, log_variance))
+            mse.append((x_0_hat - x_0).square().flatten(1).mean(1))
+        alpha_bar, zero = self.alpha_bar[tau[-1]], self.alpha_bar.new_zeros(())
+        prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), zero, zero).flatten(1).mean(1) / math.log(2)  # Eq. 5, L_T
+        terms, mse = torch.stack(terms, dim=1), torch.stack(mse, dim=1)                                 # (B, steps)
+        return dict(total=prior + terms.sum(1), prior=prior, terms=terms, mse=mse)                      # Eq. 5
 
     def vlb_term(self, x_0, x_t, t, s, mean, log_variance):
         """One term of the bound for each image, (B,), bits/dim: L_0 where s = 0, else L_{t-1}; Eq. 5."""
+        x_0, mean = x_0.to(self.alpha_bar.dtype), mean.to(self.alpha_bar.dtype)                         # float32 saturates in Eq. 13
         posterior_mean, _ = self.q_posterior(x_0, x_t, t, s)
         kl = normal_kl(posterior_mean, self.log_beta_tilde(t, s), mean, log_variance)                   # Eqs. 5 and 8, L_{t-1}
         nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)                       # Eq. 5, L_0

@@ -59,18 +59,18 @@ class IDDPM(DDPM):
         """x_0_hat (B, C, H, W), not clipped."""
         return self.x_0_and_v(x_t, t, y)[0]
 
-    def p_mean_variance(self, x_t, t, s, y=None):
+    def p_mean_variance(self, x_t, t, s, y=None, first=(1, 2)):
         """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; Eqs. 1 and 15."""
         x_0_hat, v = self.x_0_and_v(x_t, t, y)
         x_0_hat = x_0_hat.clamp(-1, 1) if self.clip else x_0_hat
-        return self.q_posterior(x_0_hat, x_t, t, s)[0], self.log_variance(t, s, v), x_0_hat
+        return self.q_posterior(x_0_hat, x_t, t, s)[0], self.log_variance(t, s, first, v), x_0_hat
 
-    def log_variance(self, t, s, v=None):
+    def log_variance(self, t, s, first=(1, 2), v=None):
         """v between log beta_tilde (v = -1) and log beta (v = 1); without v, the fixed variance."""
         if v is None:
-            return super().log_variance(t, s)
+            return super().log_variance(t, s, first)
         fraction = (v + 1) / 2
-        return fraction * self.beta(t, s).log() + (1 - fraction) * self.log_beta_tilde(t, s)            # Eq. 15
+        return fraction * self.beta(t, s).log() + (1 - fraction) * self.log_beta_tilde(t, s, first)     # Eq. 15
 
     def loss(self, x_0, y=None):
         """L_simple, L_hybrid or importance-sampled L_vlb of images in [-1, 1], by `objective`; Sec. 3."""
@@ -91,7 +91,7 @@ class IDDPM(DDPM):
     def L_t(self, x_0, x_t, t, x_0_hat, v):
         """Term t of the bound, (B,), bits/dim, so that L_vlb is T times its mean over t; Eqs. 4 to 6."""
         mean, _ = self.q_posterior(x_0_hat, x_t, t)
-        return self.vlb_term(x_0, x_t, t, t - 1, mean, self.log_variance(t, t - 1, v)).to(x_0.dtype)
+        return self.vlb_term(x_0, x_t, t, t - 1, mean, self.log_variance(t, t - 1, v=v)).to(x_0.dtype)
 
     def draw_t(self, B, device):
         """t (B, 1, 1, 1) and its importance weight 1/(T p_t) (B,); uniform but for objective vlb."""
@@ -102,12 +102,14 @@ class IDDPM(DDPM):
         return i.view(B, 1, 1, 1) + 1, (1 / (self.T * p[i])).float()                                    # Eq. 18
 
     def sample(self, noise, y=None, *,
-               steps: str | None = None,     # kept steps: a number, "10,15,20" for sections, "ddim50" for a stride; default all
+               steps: str | None = None,     # kept steps: a number, "10,15,20" for sections, "ddim50" a stride, "nll50"; default all
                eta: float | None = None,     # DDIM with this eta (0 = deterministic); default ancestral, DDPM Algorithm 2
                randn_like=torch.randn_like):
         """DDPM's sampler on the steps that `space_timesteps` keeps; the network still sees the original t; Sec. 4."""
-        steps = None if steps is None else space_timesteps(self.T, steps)
         return super().sample(noise, y, steps=steps, eta=eta, randn_like=randn_like)
+
+    def kept_steps(self, steps):
+        return space_timesteps(self.T, self.T if steps is None else steps)
 
 
 class LossAwareSampler(nn.Module):
@@ -137,11 +139,13 @@ def space_timesteps(T, spec):
     """The kept t, increasing, within 1..T; Sec. 4.
 
     An int or "50" keeps that many, evenly spaced, both ends included. "10,15,20" cuts 1..T into three equal sections
-    and keeps so many of each. "ddim50" keeps 50 at an integer stride from t = 1 (the authors' rule for DDIM).
-    ValueError where that cannot be done.
+    and keeps so many of each. "ddim50" keeps 50 at an integer stride from t = 1 (the authors' rule for DDIM). "nll50" is
+    "50" and every t up to T/50, for likelihoods (App. E). ValueError where that cannot be done.
     """
-    if not re.fullmatch(r"(ddim)?\d+|\d+(,\d+)*", str(spec)):
-        raise ValueError(f'steps must read like 50, "10,15,20" or "ddim50", got {spec!r}')
+    if not re.fullmatch(r"(ddim|nll)?\d+|\d+(,\d+)*", str(spec)):
+        raise ValueError(f'steps must read like 50, "10,15,20", "ddim50" or "nll50", got {spec!r}')
+    if str(spec).startswith("nll"):
+        return sorted({*space_timesteps(T, spec[3:]), *range(1, T // int(spec[3:]) + 1)})              # App. E
     if str(spec).startswith("ddim"):
         for stride in range(1, T):
             if len(range(0, T, stride)) == int(spec[4:]):

@@ -36,6 +36,23 @@ def unpatchify(x, P):
     return F.pixel_shuffle(x, P)
 
 
+def posterior_mean(x_t, alpha_bar, data):
+    """E[x_0 | x_t] (B, C, H, W), the optimal prediction, if x_0 is one of data (N, C, H, W); alpha_bar a number or (B, 1, 1, 1).
+
+    A mean of the data, blurry where x_t is noisy (Optimal prediction). float64 where the device has it, as distances cancel.
+    """
+    z = x_t.flatten(1).to(torch.float32 if x_t.device.type == "mps" else torch.float64)                 # (B, C H W)
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1)
+    logits = []
+    for x in data.flatten(1).split(1000):                                                               # (n, C H W)
+        x = x.to(z)
+        square = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.T + alpha_bar * x.square().sum(1)
+        logits.append(-square / (2 * (1 - alpha_bar)))                                                  # (B, n)
+    w = torch.cat(logits, dim=1).softmax(1)                                                             # (B, N)
+    x = sum(w_k @ x.to(z) for w_k, x in zip(w.split(1000, dim=1), data.flatten(1).split(1000)))
+    return x.view_as(x_t).to(x_t.dtype)
+
+
 class PDM(IDDPM):
     """IDDPM whose network sees patches as channels, with a choice of training target and loss weight."""
 

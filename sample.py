@@ -4,6 +4,7 @@ The checkpoint's path is all it needs. Its flags are the keyword arguments of `s
 method's own or one of EDM's:  python sample.py runs/pdm/ckpt.pt --sampler heun --help
 """
 import functools
+import sys
 import time
 import typing
 from pathlib import Path
@@ -46,18 +47,31 @@ def sample(path, options, *,
         raise ValueError(f"--out {out} must end in {suffix}" + (", or be a new or empty folder" if suffix == ".png" else ": this model draws latents"))
     labels = choose_labels(n, class_, checkpoint["classes"])
     shape = place(method, checkpoint, window, canvas, extend, zoom)
-    if guidance is not None and labels is None:
-        raise ValueError("--guidance needs a model trained with --conditional")
-    guidance = getattr(method, "guidance", 1.0) if guidance is None else guidance
-    if guidance != 1.0 and labels is not None:
-        method.net = Guided(method.net, guidance)
-    run = method.sample if sampler == "own" else functools.partial(ode_sample, denoiser(method))
-    run = functools.partial(run, **SAMPLERS[sampler] | options)
-    next(run(torch.zeros(1, *shape, device=next(method.parameters()).device)))  # a wrong flag shows before anything is written
+    guide(method, guidance, labels)
+    run = chain(method, sampler, options, shape)
     (out.parent if out.suffix.lower() == suffix else out).mkdir(parents=True, exist_ok=True)
     start = time.time()
     images = draw(run, shape, n, seed, batch, labels, next(method.parameters()).device)
     print(f"wrote {write(images, out)}; {n} images in {time.time() - start:.1f} s, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
+
+
+def guide(method, w, labels):
+    """Put classifier-free guidance of weight w, by default the method's own, round its network."""
+    if labels is None:
+        if w is not None:
+            raise ValueError("--guidance needs a model trained with --conditional")
+        return
+    w = getattr(method, "guidance", 1.0) if w is None else w
+    if w != 1.0:
+        method.net = Guided(method.net, w)
+
+
+def chain(method, sampler, options, shape):
+    """The sampler as a function of (noise, y, randn_like=...); ValueError for options that it cannot take, before any work."""
+    run = method.sample if sampler == "own" else functools.partial(ode_sample, denoiser(method))
+    run = functools.partial(run, **SAMPLERS[sampler] | options)
+    next(run(torch.zeros(1, *shape, device=next(method.parameters()).device)))
+    return run
 
 
 def place(method, checkpoint, window, canvas, extend, zoom):
@@ -87,25 +101,31 @@ def place(method, checkpoint, window, canvas, extend, zoom):
 
 def draw(run, shape, n, seed, batch, labels, device):
     """n images (n, C, H, W) in [-1, 1], on the CPU, drawn by the sampler `run`."""
-    images, bar = [], tqdm(unit=" steps")
-    while len(images) < n:
-        which = range(len(images), min(n, len(images) + batch))
+    def some(which):
         noise = seeded_noise(seed, which)
-        x, y = noise(torch.empty(len(which), *shape, device=device)), None
-        if labels is not None:
-            y = labels[which.start:which.stop].to(device)
+        x, y = noise(torch.empty(len(which), *shape, device=device)), None if labels is None else labels[which].to(device)
+        for x, _ in run(x, y, randn_like=noise):
+            bar.update()
+        return x.float().cpu()
+
+    with tqdm(unit=" steps") as bar:
+        return torch.cat(in_batches(some, n, batch, bar))
+
+
+def in_batches(function, n, batch, bar):
+    """[function(indices), ...] over 0..n-1, `batch` at a time, or fewer where the GPU's memory is short."""
+    parts, start = [], 0
+    while start < n:
         try:
-            for x, _ in run(x, y, randn_like=noise):
-                bar.update()
+            parts.append(function(list(range(start, min(n, start + batch)))))
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise ValueError("not even one image fits in the GPU's memory: try --device cpu")
             batch //= 2
             continue
-        images += x.float().cpu()
-        bar.set_postfix_str(f"{len(images)} of {n} images")
-    bar.close()
-    return torch.stack(images)
+        start = min(n, start + batch)
+        bar.set_postfix_str(f"{start} of {n} images")
+    return parts
 
 
 def choose_labels(n, class_, names):
@@ -131,23 +151,28 @@ def write(images, out):
     return out
 
 
-def main(argv):
+def parse(argv, function, doc, example):
+    """(checkpoint's path, the sampler's options, the keyword arguments of `function`) that a command line gives."""
     if not argv or argv[0].startswith("-"):
-        print(__doc__)
         if argv and argv[0] not in ("-h", "--help"):
-            raise ValueError("the checkpoint's path comes first: python sample.py runs/pdm/ckpt.pt [flags]")
-        return
+            raise ValueError(f"the checkpoint's path comes first: python {example} runs/pdm/ckpt.pt [flags]")
+        print(doc)
+        sys.exit()
     path, name = argv[0], read(argv[0])["method"]
     first = Parser(add_help=False)
     first.add_argument("--sampler", choices=SAMPLERS, default="own")
     sampler = first.parse_known_args(argv)[0].sampler
-    own, edm = METHODS[name].sample, ode_sample
-    parser = Parser(prog="sample.py", usage=f"python sample.py {path} [flags]", description=__doc__)
-    defaults = add_flags(parser, "sampling", sample)
-    add_flags(parser, f"the sampler of {name}" if sampler == "own" else f"EDM's sampler {sampler}", own if sampler == "own" else edm, SAMPLERS[sampler])
-    given = parser.parse(argv[1:], name, {key: "--sampler heun, euler or churn" for key in flags_of(edm)} if sampler == "own"
-                         else {key: "--sampler own" for key in flags_of(own)})
-    sample(path, {key: value for key, value in given.items() if key not in defaults}, **{key: given[key] for key in given if key in defaults})
+    own, other = (METHODS[name].sample, ode_sample) if sampler == "own" else (ode_sample, METHODS[name].sample)
+    parser = Parser(prog=example, usage=f"python {example} {path} [flags]", description=doc)
+    defaults = add_flags(parser, example.removesuffix(".py"), function)
+    add_flags(parser, f"the sampler of {name}" if sampler == "own" else f"EDM's sampler {sampler}", own, SAMPLERS[sampler])
+    given = parser.parse(argv[1:], name, dict.fromkeys(flags_of(other), f"--sampler {'heun, euler or churn' if sampler == 'own' else 'own'}"))
+    return path, {key: value for key, value in given.items() if key not in defaults}, {key: given[key] for key in given if key in defaults}
+
+
+def main(argv):
+    path, options, given = parse(argv, sample, __doc__, "sample.py")
+    sample(path, options, **given)
 
 
 if __name__ == "__main__":

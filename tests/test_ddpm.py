@@ -225,3 +225,55 @@ def test_the_terms_of_the_bound_are_the_authors(variance):
     close(log_variance.expand_as(mean), outputs["log_variance"], rtol=1e-3)
     close(x_0_hat, outputs["pred_xstart"], rtol=1e-3, atol=1e-3)
     close(ddpm.vlb_term(x_0, x_t, t, t - 1, mean, log_variance), outputs["vb_terms_bpd"], rtol=1e-2, atol=1e-6)
+
+
+def bound(chain_alpha_bar, data, variance):
+    """E of prior and terms t = 1..N, bits/dim, of the exact network without clipping on a chain with these alpha_bar; L_0 by quadrature."""
+    a, N = chain_alpha_bar, len(chain_alpha_bar) - 1
+    prior = 0.5 * (-1 - (1 - a[N]).log() + 1 - a[N] + a[N] * (data.mu ** 2 + data.s ** 2))
+    terms = []
+    for k in range(1, N + 1):
+        beta = 1 - a[k] / a[k - 1]
+        beta_tilde = beta * (1 - a[k - 1]) / (1 - a[k]) if k > 1 else (1 - a[2] / a[1]) * (1 - a[1]) / (1 - a[2])
+        v = beta if variance == "large" and k > 1 else beta_tilde
+        left = data.s ** 2 * (1 - a[k]) / (a[k] * data.s ** 2 + 1 - a[k])                       # Var(x_0 | x_t)
+        if k > 1:
+            off = (a[k - 1].sqrt() * beta / (1 - a[k])) ** 2 * left                            # E (posterior mean - mean)^2
+            terms.append(0.5 * ((v / beta_tilde).log() - 1 + beta_tilde / v + off / v))
+        else:                                            # x_0 - mean is N(0, left) whatever x_1, if no bin is cut off
+            off = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+            z = torch.stack([off * left.sqrt() + 1 / 255, off * left.sqrt() - 1 / 255]) / v.sqrt()
+            upper, lower = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+            weight = (-off ** 2 / 2).exp()
+            terms.append(-((upper - lower).log() * weight).sum() / weight.sum())
+    return prior / math.log(2), torch.stack(terms) / math.log(2)
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_bound_of_the_exact_network_is_its_closed_form(variance, steps):
+    T, n = 40, 40_000
+    data, a = Gaussian(0.1, 0.2), linear_alpha_bar(T)
+    kept = list(range(1, T + 1)) if steps is None else [round(1 + (T - 1) * i / 9) for i in range(10)]
+    prior, terms = bound(a[[0] + kept], data, variance)
+    ddpm = DDPM(closed_form(lambda x, t, y: data.eps(x, a[t.long()])), 1, T=T, variance=variance, clip=False)
+    seen = ddpm.bits_per_dim(data.draw(n).clamp(-0.98, 0.98), steps=steps)
+    assert seen["terms"].shape == seen["mse"].shape == (n, len(kept)) and seen["prior"].shape == seen["total"].shape == (n,)
+    close(seen["total"], seen["prior"] + seen["terms"].sum(1))
+    assert abs(seen["prior"].mean() - prior) < 5 * seen["prior"].std() / math.sqrt(n)
+    assert ((seen["terms"].mean(0) - terms).abs() < 5 * seen["terms"].std(0) / math.sqrt(n) + 1e-9).all()
+    left = data.s ** 2 * (1 - a[kept]) / (a[kept] * data.s ** 2 + 1 - a[kept])
+    assert ((seen["mse"].mean(0) - left).abs() < 5 * seen["mse"].std(0) / math.sqrt(n)).all()
+
+
+def test_the_bound_counts_a_pixel_far_from_the_mean_in_float32_as_in_float64():
+    ddpm = DDPM(closed_form(lambda x, t, y: 6 * torch.ones_like(x)), 1, clip=False)
+    x_0, nothing = torch.zeros(1, 1, 1, 1), torch.zeros_like                                    # 6 sigma off: float32 rounds it to none
+    a, b = (ddpm.bits_per_dim(x, steps=10, randn_like=nothing)["terms"][0, 0] for x in (x_0, x_0.double()))
+    close(a, b, rtol=1e-4)
+    assert b > 26
+
+
+def test_a_chain_of_one_step_has_no_bound():
+    with pytest.raises(ValueError, match="2 steps"):
+        DDPM(zero, 1).bits_per_dim(torch.zeros(1, 1, 1, 1), steps=1)

@@ -6,7 +6,7 @@ from conftest import Gaussian, close, closed_form, cosine_alpha_bar, last, tenso
 
 from ddpm import linear_betas
 from iddpm import IDDPM
-from pdm import PDM, patchify, unpatchify
+from pdm import PDM, patchify, posterior_mean, unpatchify
 from unet import UNet
 
 ab = cosine_alpha_bar()
@@ -148,3 +148,30 @@ def test_the_sampler_converges_to_the_data_whatever_the_target(predict):
 def test_a_patch_of_zero_is_refused():
     with pytest.raises(ValueError, match="patch"):
         PDM(closed_form(lambda x, t, y: x), 1, patch=0)
+
+
+# Optimal prediction
+
+def test_the_posterior_mean_is_the_data_weighted_by_how_well_they_explain_x_t():
+    data, x_t = torch.randn(2300, 2, 2, 2).double(), torch.randn(5, 2, 2, 2).double()
+    for a in (0.999, 0.5, 0.01):
+        weight = torch.stack([(-(z - math.sqrt(a) * data).square().flatten(1).sum(1) / (2 * (1 - a))).exp() for z in x_t])
+        exact = torch.einsum("bn,nchw->bchw", weight / weight.sum(1, keepdim=True), data)
+        close(posterior_mean(x_t, a, data), exact, rtol=1e-6, atol=1e-9) if a < 0.9 else None
+    some = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7]).view(5, 1, 1, 1)
+    close(posterior_mean(x_t, some, data)[2], posterior_mean(x_t[2:3], 0.9, data)[0], rtol=1e-6)
+
+
+def test_the_posterior_mean_is_stable_from_almost_no_noise_to_nothing_but_noise():
+    data = 2 * torch.rand(1500, 3, 16, 16) - 1
+    for a, expected in ((1 - 1e-9, data[:4]), (1e-12, data.mean(0).expand(4, -1, -1, -1))):
+        x = posterior_mean(math.sqrt(a) * data[:4] + math.sqrt(1 - a) * torch.randn(4, 3, 16, 16), a, data)
+        assert x.dtype == torch.float32 and (x - expected).abs().max() < 1e-3
+    equal = torch.stack([torch.ones(1, 2, 2), -torch.ones(1, 2, 2)])
+    assert posterior_mean(torch.zeros(1, 1, 2, 2), 1 - 1e-6, equal).abs().max() < 1e-6            # a tie
+
+
+def test_the_posterior_mean_of_many_gaussian_images_is_that_of_the_gaussian():
+    data = Gaussian()
+    x_t, a = torch.linspace(-1, 1, 7).view(-1, 1, 1, 1).double(), tensor(0.4)
+    close(posterior_mean(x_t, a, data.draw(200_000)), data.x_0(x_t, a), rtol=0, atol=0.02)
