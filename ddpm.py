@@ -12,7 +12,6 @@ Noise an image in T small Gaussian steps; train a network to tell the noise in i
     alpha_bar_t     alpha_bar[t]      (T + 1,)       alpha_1 ... alpha_t; alpha_bar[0] = 1; DDIM calls it alpha_t
     eps_theta       self.eps_theta    (B, C, H, W)   predicted noise
     tau             steps                            DDIM's kept steps
-    eta             eta                              DDIM's noise: 0 none (deterministic), 1 as much as beta_tilde
 
 Where we follow the authors' code rather than the page: sampling goes through x_0_hat (Eq. 15), clipped to [-1, 1], and
 the posterior mean (Eq. 7), which without the clipping is Eq. 11; the log-variance at t = 1 is beta_tilde's at t = 2.
@@ -32,7 +31,6 @@ def linear_betas(T, beta_1=1e-4, beta_T=0.02):
 
 class DDPM(nn.Module):
     """Train by predicting the noise (Algorithm 1); sample by removing it (Algorithm 2)."""
-
     def __init__(self, make_net, channels, *,
                  T: int = 1000,                               # number of diffusion steps (Sec. 4)
                  variance: Literal["large", "small"] = "large",  # sigma_t^2: beta_t or beta_tilde_t (Sec. 3.2)
@@ -51,7 +49,6 @@ class DDPM(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)                      # float64: cast the results, not this
 
     # Forward process
-
     def q_sample(self, x_0, t, eps):
         """x_t ~ q(x_t | x_0), for eps ~ N(0, I); Eq. 4."""
         alpha_bar = self.alpha_bar[t]
@@ -73,7 +70,6 @@ class DDPM(nn.Module):
         return 1 - self.alpha_bar[t] / self.alpha_bar[s]                                                # Eq. 2
 
     # Training
-
     def loss(self, x_0, y=None):
         """L_simple of images in [-1, 1], which is Eq. 12 without its weight beta^2 / (2 sigma^2 alpha (1 - alpha_bar))."""
         t = torch.randint(1, self.T + 1, (len(x_0), 1, 1, 1), device=x_0.device)                        # Algorithm 1, line 3
@@ -85,7 +81,6 @@ class DDPM(nn.Module):
         return self.net(x_t, t.expand(len(x_t), 1, 1, 1).flatten(), y)
 
     # Reverse process
-
     def x_0_hat(self, x_t, t, eps):
         """The x_0 of which x_t is the noisy version if its noise is eps; Eq. 15."""
         alpha_bar = self.alpha_bar[t]
@@ -104,10 +99,8 @@ class DDPM(nn.Module):
 
     def log_variance(self, t, s, first=(1, 2)):
         """log sigma_t^2 of the reverse step, float64; Sec. 3.2."""
-        log_beta_tilde = self.log_beta_tilde(t, s, first)
-        if self.variance == "small":
-            return log_beta_tilde
-        return torch.where(torch.as_tensor(s, device=log_beta_tilde.device) > 0, self.beta(t, s).log(), log_beta_tilde)
+        is_large = (torch.as_tensor(s, device=self.alpha_bar.device) > 0) & (self.variance == "large")
+        return torch.where(is_large, self.beta(t, s).log(), self.log_beta_tilde(t, s, first))
 
     def log_beta_tilde(self, t, s, first=(1, 2)):
         """Log of the posterior variance, which is 0 at s = 0: there it is that of the step between the chain's first two t."""
@@ -128,28 +121,28 @@ class DDPM(nn.Module):
             if eta is None:
                 x = mean + (0.5 * log_variance).exp().to(x.dtype) * z if s > 0 else mean                # Algorithm 2, line 4
             else:
-                x = self.ddim_step(x, x_0_hat, t, s, eta, z)
+                alpha_bar, alpha_bar_s = self.alpha_bar[t], self.alpha_bar[s]
+                eps = (x - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()                         # again, from the clipped x_0_hat
+                sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar) * self.beta(t, s)).sqrt()            # DDIM Eq. 16
+                x = alpha_bar_s.sqrt() * x_0_hat + (1 - alpha_bar_s - sigma ** 2).sqrt() * eps + sigma * z  # DDIM Eq. 12
             yield x, x_0_hat
 
-    def ddim_step(self, x_t, x_0_hat, t, s, eta, z):
-        """x_s by DDIM's Eqs. 12 and 16, the noise derived again from the (clipped) x_0_hat."""
-        alpha_bar, alpha_bar_s = self.alpha_bar[t], self.alpha_bar[s]
-        eps = (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_s).sqrt() # DDIM Eq. 16
-        return alpha_bar_s.sqrt() * x_0_hat + (1 - alpha_bar_s - sigma ** 2).sqrt() * eps + sigma * z   # DDIM Eq. 12
-
     def kept_steps(self, steps):
-        """The t of a chain, [tau_1, ...] increasing."""
-        return evenly_spaced(self.T, steps)
+        """The t of a chain, [tau_1, ...] increasing from 1 to T: all, `steps` of them evenly spaced (one alone is T), or the given list."""
+        if isinstance(steps, list):
+            return steps
+        if steps is None or steps == 1:
+            return list(range(1, self.T + 1)) if steps is None else [self.T]
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must lie in 1..{self.T}, got {steps}")
+        return torch.linspace(1, self.T, steps, dtype=torch.float64).round().long().tolist()
 
     # Variational bound
-
     @torch.no_grad()
     def bits_per_dim(self, x_0, y=None, *, steps=None, randn_like=torch.randn_like, progress=iter):
         """The bound on -log2 p(x_0) per dimension of 8-bit images in [-1, 1], one noise draw a term; Eq. 5.
 
-        A dict of prior (B,), which is L_T; terms (B, steps), L_0 first; mse (B, steps) of x_0_hat; total (B,), prior + terms.
-        steps as in `sample`; progress wraps the loop (tqdm).
+        A dict of prior (B,), L_T; terms (B, steps), L_0 first; mse (B, steps) of x_0_hat; total (B,). progress wraps the loop (tqdm).
         """
         tau, terms, mse = self.kept_steps(steps), [], []
         if len(tau) < 2:
@@ -159,8 +152,8 @@ class DDPM(nn.Module):
             mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])
             terms.append(self.vlb_term(x_0, x_t, t, s, mean, log_variance))
             mse.append((x_0_hat - x_0).square().flatten(1).mean(1))
-        alpha_bar, zero = self.alpha_bar[tau[-1]], self.alpha_bar.new_zeros(())
-        prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), zero, zero).flatten(1).mean(1) / math.log(2)  # Eq. 5, L_T
+        alpha_bar = self.alpha_bar[tau[-1]]
+        prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), 0, 0 * alpha_bar).flatten(1).mean(1) / math.log(2)  # Eq. 5, L_T
         terms, mse = torch.stack(terms, dim=1), torch.stack(mse, dim=1)                                 # (B, steps)
         return dict(total=prior + terms.sum(1), prior=prior, terms=terms, mse=mse)                      # Eq. 5
 
@@ -172,17 +165,6 @@ class DDPM(nn.Module):
         nll = -discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance)                       # Eq. 5, L_0
         s = torch.as_tensor(s, device=x_0.device)
         return torch.where(s > 0, kl, nll).flatten(1).mean(1) / math.log(2)
-
-
-def evenly_spaced(T, steps):
-    """[t, ...] increasing from 1 to T: all, `steps` of them evenly spaced (one alone is T), or the given list."""
-    if isinstance(steps, (list, tuple)):
-        return list(steps)
-    if steps is None or steps == 1:
-        return list(range(1, T + 1)) if steps is None else [T]
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must lie in 1..{T}, got {steps}")
-    return torch.linspace(1, T, steps, dtype=torch.float64).round().long().tolist()
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):

@@ -9,12 +9,12 @@ of 1000 steps can be sampled in 50. Notation as in ddpm.py, and
     L_t             vlb_term            (B,)            term t of the bound, bits/dim
     lambda          lambda_vlb                          weight of L_vlb in L_hybrid
     p_t             probabilities()     (T,)            how often L_vlb's importance sampling draws t
-    S               steps                               kept steps
 
 Where we follow the authors' code rather than the page: v = -1 means beta_tilde and v = 1 beta (the page says 0 and 1);
 L_vlb in bits/dim. Where we differ from both: the network is told t itself, not t 1000/T.
 """
 import re
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -32,7 +32,6 @@ def cosine_betas(T, s=0.008):
 
 class IDDPM(DDPM):
     """DDPM with a cosine schedule and a variance learned through the variational bound."""
-
     def __init__(self, make_net, channels, *,
                  T: int = 1000,                                 # number of diffusion steps (Sec. 3)
                  schedule: Literal["cosine", "linear"] = "cosine",  # noise schedule (Eq. 17; DDPM Sec. 4)
@@ -56,7 +55,6 @@ class IDDPM(DDPM):
         return self.x_0_hat(x_t, t, eps), v
 
     def predict(self, x_t, t, y=None):
-        """x_0_hat (B, C, H, W), not clipped."""
         return self.x_0_and_v(x_t, t, y)[0]
 
     def p_mean_variance(self, x_t, t, s, y=None, first=(1, 2)):
@@ -109,12 +107,11 @@ class IDDPM(DDPM):
         return super().sample(noise, y, steps=steps, eta=eta, randn_like=randn_like)
 
     def kept_steps(self, steps):
-        return space_timesteps(self.T, self.T if steps is None else steps)
+        return steps if isinstance(steps, list) else space_timesteps(self.T, self.T if steps is None else steps)
 
 
 class LossAwareSampler(nn.Module):
     """Draws t with p_t proportional to sqrt(E[L_t^2]), estimated from the last `history` values of each; Eq. 18."""
-
     def __init__(self, T, history=10, uniform=0.001):
         super().__init__()
         self.uniform = uniform
@@ -138,9 +135,8 @@ class LossAwareSampler(nn.Module):
 def space_timesteps(T, spec):
     """The kept t, increasing, within 1..T; Sec. 4.
 
-    An int or "50" keeps that many, evenly spaced, both ends included. "10,15,20" cuts 1..T into three equal sections
-    and keeps so many of each. "ddim50" keeps 50 at an integer stride from t = 1 (the authors' rule for DDIM). "nll50" is
-    "50" and every t up to T/50, for likelihoods (App. E). ValueError where that cannot be done.
+    An int or "50" keeps that many, evenly spaced, both ends included. "10,15,20" cuts 1..T into three equal sections and keeps so
+    many of each. "ddim50": 50 at an integer stride from t = 1. "nll50": "50" and every t up to T/50, for likelihoods (App. E).
     """
     if not re.fullmatch(r"(ddim|nll)?\d+|\d+(,\d+)*", str(spec)):
         raise ValueError(f'steps must read like 50, "10,15,20", "ddim50" or "nll50", got {spec!r}')
@@ -156,10 +152,7 @@ def space_timesteps(T, spec):
         size = T // len(counts) + (k < T % len(counts))
         if not 1 <= count <= size:
             raise ValueError(f"cannot keep {count} of a section of {size} steps")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        position = 0.0
-        for _ in range(count):
-            kept.append(start + round(position) + 1)
-            position += stride                                              # a running sum, as the authors round it
+        strides = [(size - 1) / (count - 1)] * (count - 1) if count > 1 else []
+        kept += [start + round(position) + 1 for position in accumulate([0.0, *strides])]               # a running sum, as the authors round it
         start += size
     return kept

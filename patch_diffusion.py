@@ -1,10 +1,9 @@
 """Patch Diffusion: Faster and More Data-Efficient Training of Diffusion Models.  Wang et al., 2023.  arXiv:2304.12526
 
 EDM trained on random crops of random size, where two more input channels say where in the image each pixel lies. Crops are
-cheaper than images, and there are more of them. Patches are a matter of training only: a sample is drawn whole, in one
-piece, from the coordinates of the whole image. Sizes are mixed because a network that has seen one size of crop alone
-makes pictures of that coherence; the large ones teach how far regions belong together.
-EDM's loss and sampler are used as they are. Notation as in edm.py, and
+cheaper than images, and there are more of them. That is training only: a sample is drawn whole, from the coordinates of the
+whole image, by EDM's sampler. A network that has seen one size of crop alone makes pictures of that coherence, so sizes are
+mixed; the large ones teach how far regions belong together. Notation as in edm.py, and
 
     paper           code              shape            meaning
     R               R                                  image size, the smaller side where it is not square
@@ -26,7 +25,6 @@ from edm import EDM
 
 class PatchDiffusion(EDM):
     """EDM on crops that are told where they lie."""
-
     guidance = 1.3                           # what sample.py takes where classes are used
 
     def __init__(self, make_net, channels, *,
@@ -54,14 +52,9 @@ class PatchDiffusion(EDM):
         crop, coords = random_crop(x, (H * size // R, W * size // R))
         return super().loss(crop, (y, coords))
 
-    def look_at(self, coords):
-        """Sample at these coordinates (2, h, w) from now on: a part of the image, or more than the image."""
-        self.net.coords = coords
-
 
 class Positioned(nn.Module):
-    """A network that is told where its pixels lie. The coordinates are not noised, scaled or scored; Sec. 3.3."""
-
+    """A network that is told where its pixels lie; Sec. 3.3. Set `coords` (2, h, w) to sample a part of the image, or more."""
     def __init__(self, net):
         super().__init__()
         self.net, self.coords = net, None
@@ -84,10 +77,7 @@ def coordinates(H, W, image=None):
 
 
 def random_crop(x, s):
-    """A window of size s (a number, or height and width) of each image, every place equally likely; Sec. 3.1.
-
-    Returns the crops (B, C, s, s) and their coordinates (B, 2, s, s). ValueError where s is larger than the image.
-    """
+    """A window of size s (or height and width) of each image, anywhere: crops (B, C, s, s), coordinates (B, 2, s, s); Sec. 3.1."""
     B, C, H, W = x.shape
     h, w = s if isinstance(s, tuple) else (s, s)
     if not (1 <= h <= H and 1 <= w <= W):

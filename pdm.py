@@ -6,7 +6,8 @@ channels and let the network work on an H/P x W/P grid: about P^2 times less tim
 A network of so few positions should predict the image (or v), not the noise. Notation as in iddpm.py, except
 
     paper           code                shape                meaning
-    P               patch                                    patch size; 1 is the plain U-Net
+    P               patch                                    patch size of each part; 1 is the plain U-Net
+    cut             split_snr                                SNR at which the chain changes network (Sec. 4.1)
     alpha_t         alpha_bar[t]        (T + 1,)             this paper's alpha_t is DDPM's alpha_bar_t
     z_t, x          x_t, x_0            (B, C, H, W)         noisy and clean image
     SNR(t)          snr(t)              (B, 1, 1, 1)         alpha_bar_t / (1 - alpha_bar_t)
@@ -20,7 +21,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ddpm import linear_betas
 from iddpm import IDDPM
@@ -28,51 +28,63 @@ from iddpm import IDDPM
 
 def patchify(x, P):
     """Fold P x P pixels into channels: (B, C, H, W) -> (B, C P^2, H/P, W/P)."""
-    return F.pixel_unshuffle(x, P)
+    return nn.functional.pixel_unshuffle(x, P)
 
 
 def unpatchify(x, P):
     """Undo patchify: (B, C P^2, H/P, W/P) -> (B, C, H, W)."""
-    return F.pixel_shuffle(x, P)
+    return nn.functional.pixel_shuffle(x, P)
 
 
 def posterior_mean(x_t, alpha_bar, data):
-    """E[x_0 | x_t] (B, C, H, W), the optimal prediction, if x_0 is one of data (N, C, H, W); alpha_bar a number or (B, 1, 1, 1).
-
-    A mean of the data, blurry where x_t is noisy (Optimal prediction). float64 where the device has it, as distances cancel.
-    """
-    z = x_t.flatten(1).to(torch.float32 if x_t.device.type == "mps" else torch.float64)                 # (B, C H W)
-    alpha_bar = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1)
-    logits = []
-    for x in data.flatten(1).split(1000):                                                               # (n, C H W)
-        x = x.to(z)
-        square = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.T + alpha_bar * x.square().sum(1)
-        logits.append(-square / (2 * (1 - alpha_bar)))                                                  # (B, n)
-    w = torch.cat(logits, dim=1).softmax(1)                                                             # (B, N)
-    x = sum(w_k @ x.to(z) for w_k, x in zip(w.split(1000, dim=1), data.flatten(1).split(1000)))
-    return x.view_as(x_t).to(x_t.dtype)
+    """E[x_0 | x_t] (B, C, H, W), the optimal prediction, if x_0 is one of data (N, C, H, W): a blur where x_t is noisy."""
+    z, data = x_t.flatten(1).to(torch.float32 if x_t.device.type == "mps" else torch.float64), data.flatten(1).split(1000)
+    alpha_bar, logits = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1), []
+    for x in data:                                                                                      # (n, C H W)
+        distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)
+        logits.append(-distance / (2 * (1 - alpha_bar)))                                                # (B, n)
+    w = torch.cat(logits, dim=1).softmax(1).split(1000, dim=1)                                          # (B, N) in parts
+    return sum(w_k @ x.to(z) for w_k, x in zip(w, data)).view_as(x_t).to(x_t.dtype)
 
 
 class PDM(IDDPM):
     """IDDPM whose network sees patches as channels, with a choice of training target and loss weight."""
-
     def __init__(self, make_net, channels, *,
-                 patch: int = 4,                                     # P, patch size; 1 is the plain U-Net
+                 patch: tuple[int, ...] = 4,                         # P, patch size; 1 is the plain U-Net; one for each part, noisiest first
                  predict: Literal["x", "eps", "v"] = "x",            # what the network predicts
                  weight: Literal["1", "sqrt_snr", "snr", "snr+1", "truncated", "p2"] = "sqrt_snr",  # gamma_t, weight of the loss on x
                  T: int = 1000,                                      # number of diffusion steps
                  schedule: Literal["cosine", "linear", "linear0.025"] = "cosine",  # noise schedule; the paper's linear learns slowly
+                 split_snr: tuple[float, ...] = (),                  # cuts: a network of its own for each part of the chain (Sec. 4.1)
+                 part: int | None = None,                            # train this part alone, 0 the noisiest; experiments/join_parts.py joins
                  learn_variance: bool = False,                       # learn IDDPM's variance too; needs a long run
                  variance: Literal["large", "small"] = "large",      # sigma_t^2 where none is learned: beta_t or beta_tilde_t
                  clip: bool = True):                                 # clip x_0_hat to [-1, 1] in sampling
-        if patch < 1:
-            raise ValueError(f"patch must be 1 or more, got {patch}")
-        super().__init__(lambda c_in, c_out: Patched(make_net(c_in * patch ** 2, c_out * patch ** 2), patch), channels,
-                         T=T, schedule="cosine" if schedule == "cosine" else "linear",
+        parts, patch = len(split_snr) + 1, [patch] if isinstance(patch, int) else list(patch)
+        patch = patch * parts if len(patch) == 1 else patch
+        if len(patch) != parts or min(patch) < 1 or part is not None and not (split_snr and 0 <= part < parts):
+            raise ValueError(f"split_snr makes {parts} parts, 0 the noisiest, and patch is one size from 1 on or one a part: got patch {patch}, part {part}")
+
+        def make_parts(c_in, c_out):
+            nets = [Patched(make_net(c_in * P ** 2, c_out * P ** 2), P) for P in patch]
+            return Split(nets) if split_snr else nets[0]
+        super().__init__(make_parts, channels, T=T, schedule="cosine" if schedule == "cosine" else "linear",
                          objective="hybrid" if learn_variance else "simple", variance=variance, clip=clip)
         if schedule == "linear0.025":
             self.set_schedule(linear_betas(T, beta_T=0.025))
-        self.target, self.weight = predict, weight
+        self.target, self.weight, self.part = predict, weight, part
+        if split_snr:
+            snr = self.snr(torch.arange(1, T + 1))
+            part_of = (snr[:, None] > snr.new_tensor(sorted(split_snr))).sum(1)                         # Sec. 4.1: a cut belongs to the noisier part
+            if len(part_of.unique()) != parts:
+                raise ValueError(f"split_snr {split_snr} leaves a part without steps: SNR runs from {snr[-1]:.2g} to {snr[0]:.2g}")
+            self.net.part_of = torch.cat([part_of[:1], part_of])                                        # (T + 1,)
+
+    def draw_t(self, B, device):
+        if self.part is None:
+            return super().draw_t(B, device)
+        own = 1 + (self.net.part_of[1:] == self.part).nonzero()                                         # (steps of the part, 1)
+        return own[torch.randint(len(own), (B,), device=device)].view(B, 1, 1, 1), 1.0
 
     def snr(self, t):
         return self.alpha_bar[t] / (1 - self.alpha_bar[t])
@@ -86,14 +98,11 @@ class PDM(IDDPM):
     def x_0_and_v(self, x_t, t, y=None):
         """x_0_hat from any of the three targets, and IDDPM's v (or None)."""
         out, var = self.outputs(x_t, t, y)
-        alpha_bar = self.alpha_bar[t]
-        if self.target == "x":
-            x_0_hat = out
-        elif self.target == "eps":
-            x_0_hat = self.x_0_hat(x_t, t, out)
-        else:
-            x_0_hat = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * out
-        return x_0_hat.to(x_t.dtype), var
+        if self.target == "eps":
+            out = self.x_0_hat(x_t, t, out)
+        elif self.target == "v":
+            out = self.alpha_bar[t].sqrt() * x_t - (1 - self.alpha_bar[t]).sqrt() * out                 # Training targets
+        return out.to(x_t.dtype), var
 
     def loss(self, x_0, y=None):
         """gamma_t ||x - x_hat||^2 of images in [-1, 1], and lambda L_vlb where the variance is learned."""
@@ -106,14 +115,31 @@ class PDM(IDDPM):
         return L.mean()
 
 
+class Split(nn.Module):
+    """Networks that share the chain, the one for the noisiest steps first; each sees only its own; Sec. 4.1."""
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self.register_buffer("part_of", None, persistent=False)                 # (T + 1,), the part that step t belongs to
+
+    def forward(self, x, c_noise, y=None):
+        part, out = self.part_of[c_noise.long()], None                          # (B,)
+        for k, net in enumerate(self.nets):
+            mine = (part == k).nonzero().flatten()
+            if len(mine) == len(x):
+                return net(x, c_noise, y)
+            if len(mine):
+                own = net(x[mine], c_noise[mine], None if y is None else y[mine])
+                out = (own.new_zeros(len(x), *own.shape[1:]) if out is None else out).index_copy(0, mine, own)
+        return out                                                              # (B, C, H, W), or (B, 2C, H, W)
+
+
 class Patched(nn.Module):
     """A network run on patches. Its C P^2 or 2C P^2 outputs unfold into C or 2C channels, mean before variance."""
-
     def __init__(self, net, P):
         super().__init__()
         self.net, self.P = net, P
 
     def forward(self, x, c_noise, y=None):                       # (B, C, H, W)
-        x = patchify(x, self.P)                                  # (B, C P^2, H/P, W/P)
-        x = self.net(x, c_noise, y)                              # (B, C P^2, H/P, W/P), or twice the channels
+        x = self.net(patchify(x, self.P), c_noise, y)            # (B, C P^2, H/P, W/P), or twice the channels
         return unpatchify(x, self.P)                             # (B, C, H, W), or (B, 2C, H, W)

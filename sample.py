@@ -95,7 +95,7 @@ def place(method, checkpoint, window, canvas, extend, zoom):
         coords = coordinates(h, w, (H, W)) if extend else coordinates(h, w)
         print(f"note: the model was trained on {H}x{W}; how good a canvas of {h}x{w} looks is not promised")
     check_size((h, w), 1, config["mults"], config["attention"])
-    method.look_at(coords.to(next(method.parameters()).device))
+    method.net.coords = coords.to(next(method.parameters()).device)
     return C, h, w
 
 

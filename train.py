@@ -9,6 +9,7 @@ import copy
 import csv
 import difflib
 import inspect
+import math
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM, "patch_diffusio
 
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
 FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000, steps=3600)
-DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2300),
+DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2300, P_mean=0.0),
             "patch_diffusion": FULL_GRID | dict(steps=2600)}
 
 FREE = {"steps", "every", "grid", "out", "resume", "device"}  # what --resume may change
@@ -74,8 +75,9 @@ def train(config, state=None, *,
     Everything that can be wrong is checked before the folder is made. Raises ValueError with one line that says what.
     """
     for name, (low, high) in RANGES.items():
-        if name in config and not low <= config[name] <= high:
-            raise ValueError(f"--{name} must lie between {low:g} and {high:g}, got {config[name]}")
+        for value in np.atleast_1d(config.get(name, low)):
+            if not low <= value <= high:
+                raise ValueError(f"--{name} must lie between {low:g} and {high:g}, got {value}")
     if batch % accumulate:
         raise ValueError(f"--accumulate {accumulate} must divide --batch {batch}")
     if flip and data == "digits":
@@ -241,7 +243,7 @@ def build(checkpoint):
     cls, shape = METHODS[checkpoint["method"]], checkpoint["shape"]
     unet, arguments = ({name: checkpoint["config"].get(name, p.default) for name, (p, _) in flags_of(f).items()} for f in (UNet, cls))
     crops = (4 if arguments["quarter"] else 2) if arguments.get("p_full", 1) < 1 else 1
-    check_size(shape[1:], arguments.get("patch", 1), unet["mults"], unet["attention"], crops)
+    check_size(shape[1:], math.lcm(*np.atleast_1d(arguments.get("patch", 1)).tolist()), unet["mults"], unet["attention"], crops)
 
     def make_net(in_channels, out_channels):
         return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))

@@ -166,7 +166,7 @@ def test_the_whole_canvas_is_sampled_on_the_grid_of_training():
 def test_a_window_is_sampled_at_its_own_place_with_guidance_too():
     seen, where = [], coordinates(8, 8)[:, 2:6, 4:8]
     model = PatchDiffusion(spy(seen), 1)
-    model.look_at(where)
+    model.net.coords = where
     model.net = Guided(model.net, 1.3)
     last(model.sample(torch.randn(2, 1, 4, 4), tensor([0, 1], torch.long), steps=2))
     assert len(seen) == 6 and [y is None for _, y in seen[:2]] == [False, True]

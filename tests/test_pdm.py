@@ -5,9 +5,10 @@ import torch
 from conftest import Gaussian, close, closed_form, cosine_alpha_bar, last, tensor
 
 from ddpm import linear_betas
+from edm import denoiser, ode_sample
 from iddpm import IDDPM
 from pdm import PDM, patchify, posterior_mean, unpatchify
-from unet import UNet
+from unet import Guided, UNet
 
 ab = cosine_alpha_bar()
 WEIGHTS = ("1", "sqrt_snr", "snr", "snr+1", "truncated", "p2")
@@ -148,6 +149,104 @@ def test_the_sampler_converges_to_the_data_whatever_the_target(predict):
 def test_a_patch_of_zero_is_refused():
     with pytest.raises(ValueError, match="patch"):
         PDM(closed_form(lambda x, t, y: x), 1, patch=0)
+
+
+# Split networks
+
+def parts(split_snr=(0.25,), **kw):  # each part's network says which it is, and keeps the t that it saw
+    seen, nets = [], []
+
+    def make_net(c_in, c_out):
+        k = len(seen)
+        seen.append([])
+        nets.append(closed_form(lambda x, t, y: seen[k].extend(t.flatten().tolist()) or torch.full_like(x, 10.0 * k) + (0 if y is None else y.view(-1, 1, 1, 1)))(0, 0))
+        return nets[-1]
+    kw = dict(patch=1) | kw
+    return PDM(make_net, 1, split_snr=split_snr, **kw), seen
+
+
+def test_a_cut_in_snr_belongs_to_the_noisier_part_and_each_part_sees_its_own_steps_only():
+    alpha_bar = parts()[0].alpha_bar[1:]
+    snr = alpha_bar / (1 - alpha_bar)
+    for cuts in ((0.25,), (4.0, 0.25), (snr[299].item(),)):
+        model, seen = parts(cuts)
+        model.loss(torch.zeros(20_000, 1, 1, 1).double())
+        cuts = sorted(cuts)
+        for k, steps in enumerate(seen):
+            own = [t for t in range(1, 1001) if (k == 0 or snr[t - 1] > cuts[k - 1]) and (k == len(cuts) or snr[t - 1] <= cuts[k])]
+            assert set(steps) == set(own) and len(seen) == len(cuts) + 1
+            counts = torch.tensor(steps).long().bincount(minlength=1001)[own].double()
+            assert abs(counts.mean() - 20) < 5 * math.sqrt(20 / len(own))                                # uniform over the chain
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "heun", "bound"])
+def test_every_sampler_switches_network_at_the_cut(sampler):
+    model, seen = parts((0.25, 1.0), clip=False)
+    noise = torch.zeros(2, 1, 1, 1).double()
+    if sampler == "heun":
+        last(ode_sample(denoiser(model), noise, steps=40))
+    elif sampler == "bound":
+        model.bits_per_dim(noise, steps=50)
+    else:
+        last(model.sample(noise, steps="50", eta=None if sampler == "ancestral" else 0.0))
+    snr = ab / (1 - ab).clamp(min=1e-12)
+    assert all(seen) and sum(map(len, seen)) == 2 * (79 if sampler == "heun" else 50)
+    assert all(snr[int(t)] <= 0.25 for t in seen[0]) and all(0.25 < snr[int(t)] <= 1 for t in seen[1]) and all(snr[int(t)] > 1 for t in seen[2])
+
+
+def test_images_of_both_parts_in_one_batch_get_their_own_network_and_class():
+    model, _ = parts()
+    t = torch.tensor([1000, 1, 999, 2]).view(4, 1, 1, 1)
+    x_0_hat, _ = model.x_0_and_v(torch.zeros(4, 1, 2, 2).double(), t, torch.arange(4))
+    close(x_0_hat[:, 0, 0, 0], [0 + 0, 10 + 1, 0 + 2, 10 + 3])
+
+
+def test_a_split_model_with_equal_parts_is_one_network():
+    torch.manual_seed(3)
+    one = PDM(lambda i, o: UNet(i, o, width=8, mults=(1, 1), classes=3), 1, patch=2, learn_variance=True)
+    for w in one.parameters():
+        torch.nn.init.normal_(w, std=0.2)
+    two = PDM(lambda i, o: UNet(i, o, width=8, mults=(1, 1), classes=3), 1, patch=2, learn_variance=True, split_snr=(0.25,))
+    for net in two.net.nets:
+        net.load_state_dict(one.net.state_dict())
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 3
+    losses = []
+    for model in (one, two):
+        torch.manual_seed(4)
+        losses.append(model.loss(x, y))
+        losses[-1].backward()
+    close(losses[0].detach(), losses[1].detach(), rtol=1e-5)
+    both = [sum(net.get_parameter(name).grad for net in two.net.nets) for name, _ in one.net.named_parameters()]
+    assert all((a.grad - b).abs().max() < 1e-4 * (1 + a.grad.abs().max()) for a, b in zip(one.net.parameters(), both))
+    a, b = (last(Guiding(model).sample(x, y, steps="10", randn_like=torch.ones_like)) for model in (one, two))
+    assert torch.equal(a, b)
+
+
+def Guiding(model):
+    model.net = Guided(model.net, 1.5)
+    return model
+
+
+def test_parts_may_have_patches_of_their_own_the_noisy_part_first():
+    asked = []
+    model = PDM(lambda c_in, c_out: asked.append(c_in) or torch.nn.Conv2d(c_in, c_out, 1), 3, patch=(4, 1), split_snr=(0.25,))
+    assert asked == [48, 3] and [net.P for net in model.net.nets] == [4, 1]
+
+
+def test_one_part_can_be_trained_alone():
+    for k in (0, 1):
+        model, seen = parts(part=k)
+        model.loss(torch.zeros(20_000, 1, 1, 1).double())
+        whole, both = parts()
+        whole.loss(torch.zeros(20_000, 1, 1, 1).double())
+        assert not seen[1 - k] and set(seen[k]) == set(both[k]) and len(seen[k]) == 20_000
+
+
+@pytest.mark.parametrize("kw", [dict(split_snr=(1e9,)), dict(split_snr=(0.25, 0.25)), dict(patch=(4, 1)), dict(patch=(4, 2, 1), split_snr=(0.25,)), dict(part=0),
+                                dict(part=2, split_snr=(0.25,)), dict(patch=(4, 0), split_snr=(0.25,))])
+def test_parts_that_cannot_be_are_refused(kw):
+    with pytest.raises(ValueError, match="split_snr"):
+        PDM(closed_form(lambda x, t, y: x), 1, **kw)
 
 
 # Optimal prediction

@@ -72,7 +72,7 @@ def test_a_run_writes_its_checkpoint_log_and_samples_and_the_model_samples_from_
 def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
     do(train, "--method pdm --patch 2 --conditional --steps 3")
     checkpoint = torch.load(tmp_path / "runs/pdm/ckpt.pt", weights_only=True)
-    assert checkpoint["method"] == "pdm" and checkpoint["config"]["patch"] == 2 and checkpoint["config"]["lr"] == 2e-3
+    assert checkpoint["method"] == "pdm" and checkpoint["config"]["patch"] == (2,) and checkpoint["config"]["lr"] == 2e-3
     assert checkpoint["shape"] == [3, 16, 16] and checkpoint["classes"] == ["0", "1", "2"]
     assert checkpoint["step"] == 3 and checkpoint["images"] == 12
     assert str(tmp_path) not in json.dumps({k: v for k, v in checkpoint["config"].items() }, default=str)
@@ -262,3 +262,19 @@ def test_foreign_checkpoints_are_refused(do, tmp_path):
 def test_the_command_itself_prints_one_line_and_exits_with_2(tmp_path):
     done = subprocess.run([sys.executable, HERE.parent / "train.py", "--method", "pdm", "--data", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: no such file or folder: nowhere\n" and not list(tmp_path.iterdir())
+
+
+def test_parts_trained_apart_are_joined_to_one_model(do, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parent / "experiments"))
+    import join_parts
+    for k in (0, 1):
+        assert do(train, f"--method pdm --patch 4 2 --split_snr 0.25 --part {k} --steps 2 --lr 0.01 --warmup 0 --out p{k}")[0] == 0
+    assert do(join_parts, "p1/ckpt.pt p0/ckpt.pt both.pt")[0] == 0
+    a, b, both = (load(path, device="cpu")[0].net.nets for path in ("p0/ckpt.pt", "p1/ckpt.pt", "both.pt"))
+    for mine, other, joined in ((a[0], b[0], both[0]), (b[1], a[1], both[1])):
+        assert all(torch.equal(x, z) for x, z in zip(mine.parameters(), joined.parameters()))
+        assert any(not torch.equal(y, z) for y, z in zip(other.parameters(), joined.parameters()))
+    assert do(sample, "both.pt --n 1 --steps 4 --sampler heun --out one.png")[0] == 0
+    for line in ("p0/ckpt.pt p0/ckpt.pt new.pt", "p0/ckpt.pt p1/ckpt.pt both.pt", "p0/ckpt.pt new.pt", "both.pt both.pt new.pt"):
+        code, _, err = do(join_parts, line)
+        assert code == 2 and err.startswith("error: ") and not (tmp_path / "new.pt").exists()
