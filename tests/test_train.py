@@ -163,14 +163,14 @@ def test_ctrl_c_finishes_the_step_saves_and_says_where_and_resuming_is_exact(do,
 
 
 @pytest.mark.parametrize("method, flags", [
-    ("ddpm", "--variance small --T 50 --steps 250 --width 24 --mults 1 --attention 0"), ("iddpm", "--T 50 --steps 250 --width 24 --mults 1 --attention 0"),
-    ("pdm", "--patch 2 --T 100 --steps 100 --width 16 --mults 1 2 --attention 1"), ("edm", "--steps 150 --width 16 --mults 1 2 --attention 1")])
+    ("ddpm", "--variance small --T 50 --steps 190 --width 24"), ("iddpm", "--T 30 --steps 150 --width 24"), ("pdm", "--patch 2 --T 50 --steps 60 --width 16"),
+    ("edm", "--steps 110 --width 16")])
 def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
     image = np.zeros((1, 3, 8, 8), np.uint8)
     image[0, 0, 2:6, 2:6], image[0, 1, :, :4], image[0, 2, 4:] = 255, 200, 120
     np.save(tmp_path / "one.npy", image)
-    code, out, err = do(train, f"--method {method} {flags} --data one.npy --overfit 1 --batch 8 --grid 1 --lr 4e-3 --decay 0 "
-                        "--warmup 20 --device cpu --precision fp32", small=False)
+    code, out, err = do(train, f"--method {method} {flags} --data one.npy --overfit 1 --batch 8 --grid 1 --lr 1e-2 --decay 0 "
+                        "--mults 1 --attention 0 --warmup 20 --device cpu --precision fp32", small=False)
     assert code == 0, err
     do(sample, f"runs/{method}/ckpt.pt --n 4 --out back")
     for i in range(4):

@@ -1,0 +1,138 @@
+"""PDM's evidence: how patch sizes compare.   python experiments/pdm_patches.py
+
+Trains P = 1, 2, 4, 8 alike (same U-Net, same images), then measures for each: error of the x_0-prediction against the noise
+level (the curves should part only at low noise), seconds a training step, seconds and peak memory of a sample, Frechet
+distance where --features is given, and a grid. --speed only times untrained networks, for sizes too large to train here.
+"""
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data as pixels
+import train
+from edm import denoiser
+from evaluate import Features, errors, frechet_distance, load_like, moments
+from sample import draw
+from train import Parser, add_flags, build, command, flags_of, hold_out, load, pick_device, to_device
+from unet import UNet
+
+
+def pdm_patches(*,
+                data: str = "digits",       # digits, or what train.py's --data takes
+                size: int = 32,             # image size
+                patches: tuple[int, ...] = (1, 2, 4, 8),  # patch sizes to compare
+                steps: int = 500,           # training steps of 32 images for each
+                n: int = 256,               # samples for the Frechet distance and the grid
+                chain: int = 50,            # sampling steps
+                batch: int = 16,            # images at a time where speed and memory are measured
+                repeats: int = 5,           # timings, interleaved; the median counts
+                features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+                speed: bool = False,        # only time and weigh untrained networks
+                out: str = "runs/pdm-patches",  # folder of the runs, pdm_patches.csv and the grids
+                device: str | None = None): # cuda, mps or cpu
+    """Train, measure, write the table. A run that is there already is used as it is."""
+    out = Path(out)
+    rows = {P: dict(P=P) for P in patches}
+    for P, cost in costs(size, patches, batch, repeats, device).items():
+        rows[P] |= cost
+    for P in patches if not speed else ():
+        run = out / f"{Path(data).stem}-{size}-P{P}"
+        if not (run / "ckpt.pt").exists():
+            train.main(f"--method pdm --patch {P} --data {data} --size {size} --steps {steps} --every {steps} --grid 16 --out {run}".split()
+                       + (["--device", device] if device else []))
+        method, checkpoint = load(run / "ckpt.pt", device=device)
+        where = next(method.parameters()).device
+        (x, _), held = hold_out(*load_like(checkpoint, data), 0)
+        for row in errors(denoiser(method), (x[:5000], None), (pixels.to_float(held[0]), None), 64, 0, where, out / f"{run.name}-error.csv"):
+            rows[P][f"rmse_{row['sigma']:g}"] = round(row["held_out"], 5)
+        samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], n, 0, 64, None, where)
+        pixels.save_grid(samples[:64], out / f"{run.name}.png")
+        if features:
+            network = Features(features, checkpoint["shape"], where)
+            rows[P]["frechet"] = round(frechet_distance(*moments(network(pixels.to_uint8(samples), 64)), *network.statistics(x, data, 256)), 2)
+    out.mkdir(parents=True, exist_ok=True)
+    name = out / f"pdm_patches-{Path(data).stem}-{size}{'-speed' if speed else ''}.csv"
+    with open(name, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[patches[0]])
+        writer.writeheader()
+        writer.writerows(rows.values())
+    print(*rows[patches[0]], sep=" | ")
+    for row in rows.values():
+        print(*row.values(), sep=" | ")
+    print(f"wrote {name}; features: {features}, {n} samples in {chain} steps")
+
+
+def network(P, size, device):
+    config = dict(patch=P, **{name: p.default for name, (p, _) in flags_of(UNet).items()})
+    return to_device(build(dict(method="pdm", config=config, shape=[3, size, size], classes=[])), device)
+
+
+def costs(size, patches, batch, repeats, device):
+    """{P: seconds a training step, milliseconds an image and sampling step, peak memory of a sampling step}."""
+    device = pick_device(device)
+    methods = {P: network(P, size, device) for P in patches}
+    x = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+    step, call = {P: [] for P in patches}, {P: [] for P in patches}
+
+    def timed(function):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    for _ in range(repeats):
+        for P, method in methods.items():
+            if size <= 64 or P >= 4:
+                step[P].append(timed(lambda: method.loss(x).backward()))
+            call[P].append(timed(lambda: list(method.sample(x, steps="2"))) / 2)
+    memory = {P: peak(P, size, batch, device) for P in patches}
+    return {P: dict(train_step_s=round(statistics.median(step[P]), 4) if step[P] else None, sample_step_ms_an_image=round(1000 * statistics.median(call[P]) / batch, 3),
+                    speedup=round(statistics.median(call[patches[0]]) / statistics.median(call[P]), 2),
+                    peak_mb=round(memory[P], 1), memory_ratio=round(memory[P] / memory[patches[0]], 3)) for P in patches}
+
+
+def peak(P, size, batch, device):
+    """Megabytes that a sampling step needs at once beyond the weights and the images; on a CPU in a process of its own."""
+    if device.type != "cuda":
+        if not Path("/proc/self/clear_refs").exists():
+            return math.nan
+        line = [sys.executable, __file__, "--weigh", json.dumps([P, size, batch])]
+        return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    method, x = network(P, size, device), torch.rand(batch, 3, size, size, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    list(method.sample(x, steps="2"))
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def weigh(P, size, batch):
+    """Print the megabytes by which this process grows at most during a sampling step (Linux)."""
+    def kilobytes(key):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+    torch.set_num_threads(1)
+    method, x = network(P, size, torch.device("cpu")), torch.rand(batch, 3, size, size)
+    list(method.sample(x[:1, :, :32, :32], steps="2"))                 # whatever is set up once
+    Path("/proc/self/clear_refs").write_text("5")                      # the high-water mark starts anew
+    before = kilobytes("VmRSS")
+    list(method.sample(x, steps="2"))
+    print((kilobytes("VmHWM") - before) / 1e3)
+
+
+def main(argv):
+    if argv[:1] == ["--weigh"]:
+        return weigh(*json.loads(argv[1]))
+    parser = Parser(prog="pdm_patches.py", description=__doc__)
+    add_flags(parser, "pdm_patches", pdm_patches)
+    pdm_patches(**parser.parse(argv, "pdm_patches"))
+
+
+if __name__ == "__main__":
+    command(main)
