@@ -75,7 +75,7 @@ class PDM(IDDPM):
         self.target, self.weight, self.part = predict, weight, part
         if split_snr:
             snr = self.snr(torch.arange(1, T + 1))
-            part_of = (snr[:, None] > snr.new_tensor(sorted(split_snr))).sum(1)                         # Sec. 4.1: a cut belongs to the noisier part
+            part_of = (snr[:, None] > snr.new_tensor(split_snr)).sum(1)                         # Sec. 4.1: a cut belongs to the noisier part
             if len(part_of.unique()) != parts:
                 raise ValueError(f"split_snr {split_snr} leaves a part without steps: SNR runs from {snr[-1]:.2g} to {snr[0]:.2g}")
             self.net.part_of = torch.cat([part_of[:1], part_of])                                        # (T + 1,)

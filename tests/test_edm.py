@@ -368,3 +368,16 @@ def test_the_network_is_told_what_was_done_in_training_and_nothing_in_sampling()
     assert asked == [(11, 2)] and planes.shape == (16, 9, 8, 8) and (planes == planes[:, :, :1, :1]).all() and planes.flatten(1).std(1).min() > 0.1
     last(model.sample(torch.randn(4, 2, 8, 8), steps=2))
     assert all((x[:, 2:] == 0).all() for x in seen)
+
+
+@pytest.mark.parametrize("given, expected", [({}, (10.0, 0.1)), (dict(sigma_min=0.5, sigma_max=5.0), (5.0, 0.5)), (dict(sigma_min=0.01, sigma_max=50.0), (10.0, 0.1))])
+def test_the_range_is_narrowed_to_what_the_network_knows(given, expected):
+    class D:
+        sigma_min, sigma_max, seen = 0.1, 10.0, []
+        def __call__(self, x, sigma, y=None):
+            self.seen.append(sigma.max().item())
+            return 0 * x
+    for run in (lambda: last(ode_sample(D(), torch.ones(1, 1, 1, 1), steps=5, **given)), lambda: ode_invert(D(), torch.ones(1, 1, 1, 1), steps=5, **given)):
+        D.seen = []
+        run()
+        close([max(D.seen), min(D.seen)], expected, rtol=1e-6)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, close, tensor
+from conftest import HERE, close, closed_form, tensor
 from PIL import Image
 from test_train import do, pictures  # noqa: F401 (fixtures)
 
@@ -13,6 +13,7 @@ import data as pixels
 import evaluate
 import sample
 import train
+from ddpm import DDPM
 from evaluate import closest, frechet_distance, moments
 
 
@@ -118,6 +119,14 @@ def test_the_reported_bits_are_those_of_the_method_and_its_tables_add_up(run, tm
         close(float(row["distortion"]), 127.5 * bound["mse"].double().mean(0)[k].sqrt(), rtol=1e-3)
     assert run("pdm --nll --n 3 --batch 2")[3]["nll"]["bits_per_dim"] == pytest.approx(nll["bits_per_dim"], rel=1e-4)
     assert run("pdm --nll --n 2 --steps 10")[3]["nll"]["steps"] == 10
+
+
+def test_the_first_percent_is_the_sum_of_the_terms_up_to_t_over_100(tmp_path):
+    ddpm = DDPM(closed_form(lambda x, t, y: 0 * x), 1, T=300)
+    result = evaluate.likelihood(ddpm, torch.zeros(2, 1, 2, 2), None, None, 2, 0, "cpu", tmp_path / "terms.csv")
+    rows = list(csv.DictReader(open(tmp_path / "terms.csv")))
+    close(result["first_percent"], sum(float(row["bits_per_dim"]) for row in rows[:3]), rtol=1e-4)
+    assert float(rows[2]["bits_per_dim"]) > 1e-3 * result["first_percent"] and float(rows[3]["bits_per_dim"]) > 1e-3 * result["first_percent"]
 
 
 def test_the_error_at_each_level_is_that_of_the_denoiser_and_the_floor_that_of_the_data(run, tmp_path):

@@ -248,3 +248,23 @@ def test_with_the_optimal_variance_even_a_short_chain_has_the_data_s_spread():  
     noise = torch.randn(40_000, 1, 1, 1).double()
     assert abs(last(model.sample(noise, steps=K)).std() - data.s) < 5 * data.s / math.sqrt(2 * 40_000) + 1e-3
     assert abs(last(fixed.sample(noise, steps=K)).std() - data.s) > 0.02
+
+
+def test_likelihoods_on_a_short_chain_keep_every_early_step():
+    assert space_timesteps(1000, "nll50") == sorted(set(space_timesteps(1000, 50)) | set(range(1, 21)))
+
+
+@pytest.mark.parametrize("v", [-1.0, 0.0, 1.0])
+def test_the_bound_with_a_learned_variance_on_a_short_chain_is_that_of_the_kept_chain(v):
+    ab, x_0 = cosine_alpha_bar(), torch.zeros(1, 1, 1, 1).double()
+    terms = IDDPM(constants(0, v), 1).bits_per_dim(x_0, steps=50, randn_like=torch.zeros_like)["terms"][0]
+    a = ab[[0] + [i + 1 for i in (0, 20, 41, 61)]]                                     # "50" of 1000, as the authors keep them
+    beta = 1 - a[1:] / a[:-1]
+    tilde = beta[1:] * (1 - a[1:-1]) / (1 - a[2:])
+    tilde = torch.cat([tilde[:1], tilde])
+    variance = ((v + 1) / 2 * beta.log() + (1 - v) / 2 * tilde.log()).exp()
+    ratio = tilde / variance                                                           # without noise both means are 0
+    expected = bits(0.5 * (-ratio.log() - 1 + ratio))
+    z = 1 / 255 / variance[0].sqrt()
+    expected[0] = -torch.log2(torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    close(terms[:4], expected, rtol=1e-6, atol=1e-9)
