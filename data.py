@@ -77,16 +77,25 @@ def to_image(x):
     return Image.fromarray(x[0].numpy() if len(x) < 3 else x[:3].permute(1, 2, 0).contiguous().numpy())
 
 
-def save_grid(x, path, columns=None):
+def save_grid(x, path, columns=None, labels=()):
     """Write images (B, C, H, W), uint8 or in [-1, 1], as one picture, about square; small images are magnified."""
+    grid(x, columns, labels).save(path)
+
+
+def grid(x, columns=None, labels=(), width=512):
+    """Images (B, C, H, W), uint8 or in [-1, 1], as one Pillow picture of this width or more; labels: one a row."""
     B, _, H, W = x.shape
     columns = columns or math.ceil(math.sqrt(B * H / W))
-    rows, gap, zoom = math.ceil(B / columns), 2, math.ceil(512 / (columns * W))
-    grid = Image.new("RGB", (columns * (W * zoom + gap) + gap, rows * (H * zoom + gap) + gap))
+    rows, gap, zoom = math.ceil(B / columns), 2, math.ceil(width / (columns * W))
+    font = ImageFont.load_default(size=13)
+    left = gap + max((math.ceil(font.getlength(label)) + 8 for label in labels), default=0)
+    picture = Image.new("RGB", (left + columns * (W * zoom + gap), rows * (H * zoom + gap) + gap))
     for i in range(B):
-        corner = (gap + i % columns * (W * zoom + gap), gap + i // columns * (H * zoom + gap))
-        grid.paste(to_image(x[i]).resize((W * zoom, H * zoom), Image.NEAREST), corner)
-    grid.save(path)
+        corner = (left + i % columns * (W * zoom + gap), gap + i // columns * (H * zoom + gap))
+        picture.paste(to_image(x[i]).resize((W * zoom, H * zoom), Image.NEAREST), corner)
+    for row, label in enumerate(labels):
+        ImageDraw.Draw(picture).text((6, gap + row * (H * zoom + gap) + H * zoom / 2), label, "white", font, anchor="lm")
+    return picture
 
 
 # Image files

@@ -99,7 +99,7 @@ class DDPM(nn.Module):
 
     def log_variance(self, t, s, first=(1, 2)):
         """log sigma_t^2 of the reverse step, float64; Sec. 3.2."""
-        is_large = (torch.as_tensor(s, device=self.alpha_bar.device) > 0) & (self.variance == "large")
+        is_large = (torch.as_tensor(s, device=self.alpha_bar.device) > 0) & (self.variance == "large")  # Sec. 3.2
         return torch.where(is_large, self.beta(t, s).log(), self.log_beta_tilde(t, s, first))
 
     def log_beta_tilde(self, t, s, first=(1, 2)):
@@ -113,6 +113,8 @@ class DDPM(nn.Module):
                eta: float | None = None,     # DDIM with this eta (0 = deterministic); default ancestral, Algorithm 2
                randn_like=torch.randn_like):
         """From noise x_T (B, C, H, W) to images, yielding (x, x_0_hat) after each step. steps may also list the kept t."""
+        if not 0 <= (eta or 0) <= 1:
+            raise ValueError(f"eta must lie between 0 and 1, got {eta}")
         x = noise                                                                                       # Algorithm 2, line 1
         tau = self.kept_steps(steps)
         for s, t in reversed(list(zip([0] + tau, tau))):                                                # Algorithm 2, line 2

@@ -31,7 +31,7 @@ def vp_sigma(t, beta_d=19.9, beta_min=0.1):
 
 
 def vp_sigma_inverse(sigma, beta_d=19.9, beta_min=0.1):
-    return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d
+    return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d          # Table 1, VP schedule
 
 
 def iddpm_levels(M=1000, C_1=0.001, C_2=0.008):

@@ -10,8 +10,10 @@ Its flags are the keyword arguments of `evaluate` below and of the sampler, as i
 import csv
 import hashlib
 import json
-import time
+import math
+import os
 import typing
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,8 @@ from tqdm import tqdm
 import data as pixels
 from edm import denoiser
 from pdm import posterior_mean
-from sample import chain, draw, guide, in_batches, parse
+from sample import Cost, chain, draw, guide, in_batches, parse
 from train import command, hold_out, load, seeded_noise
-from unet import UNet
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
@@ -36,7 +37,7 @@ def evaluate(path, options, *,
              features: str | None = None,  # TorchScript file for --frechet: uint8 images (B, C, H, W) -> (B, D); it is code, and runs
              sampler: typing.Literal["own", "heun", "euler", "churn"] = "own",  # how samples are drawn: the method's own way, or EDM's
              n: int = 128,               # images to measure or to draw; held-out ones are at most 128
-             data: str | None = None,    # other images to measure than those held out from the run's data, for --nll and --error
+             data: str | None = None,    # other images to measure than those held out from the run's data
              guidance: float | None = None,  # weight of classifier-free guidance in drawing
              seed: int = 0,              # seed of all noise
              batch: int = 64,            # images at a time; halved by itself where a GPU's memory is short
@@ -52,12 +53,18 @@ def evaluate(path, options, *,
     device, shape, classes, source = next(method.parameters()).device, checkpoint["shape"], checkpoint["classes"], checkpoint["config"]["data"]
     if nll and not hasattr(method, "bits_per_dim"):
         raise ValueError(f"--nll belongs to ddpm, iddpm and pdm: {checkpoint['method']} has no variational bound")
+    if frechet and (checkpoint.get("latents") or n < 2):
+        raise ValueError("--frechet needs --n 2 or more, and a model of 8-bit images, not of latents")
     out, error = Path(out or Path(path).parent / "evaluation"), error or not (nll or frechet or nearest)
     if out.is_file():
         raise ValueError(f"--out {out} is a file; it names a folder")
     network = Features(features, shape, device) if frechet else None
+    kind = f"images of {data}" if data else f"held-out images of {source}"
     if error or frechet or nearest or data is None:
-        (x, y), (held, held_y) = hold_out(*load_like(checkpoint, source), checkpoint["config"]["overfit"])
+        images, labels = load_like(checkpoint, source)
+        (x, y), (held, held_y) = hold_out(images, labels, checkpoint["config"]["overfit"])
+        if data is None and len(x) == len(images[:checkpoint["config"]["overfit"] or None]):
+            kind = f"images of {source} (none was held out)"
     if data is not None:
         held, held_y = load_like(checkpoint, data)
     some = torch.linspace(0, len(held) - 1, min(n, len(held))).long()
@@ -69,8 +76,9 @@ def evaluate(path, options, *,
     if nll and len(method.kept_steps(steps)) < 2:
         raise ValueError("--nll needs a chain of 2 steps or more")
     labels = torch.arange(n) % len(classes) if classes else None
-    guide(method, guidance, labels)
-    run = chain(method, sampler, options, shape)
+    if guidance is not None and not classes:
+        raise ValueError("--guidance needs a model trained with --conditional")
+    chain(method, sampler, options, shape)
     out.mkdir(parents=True, exist_ok=True)
 
     report = dict(checkpoint=str(path), method=checkpoint["method"], step=checkpoint["step"], weights="raw" if raw else "averaged", trained_on=source)
@@ -78,21 +86,26 @@ def evaluate(path, options, *,
     if nll:
         with Cost(method, len(held)) as cost:
             report["nll"] = likelihood(method, held, held_y, steps, batch, seed, device, out / "terms.csv")
-        report["nll"] |= cost.says(f"held-out images of {data or source}")
+        report["nll"] |= cost.says(kind)
     if error:
-        with Cost(method, len(held)) as cost:
+        with Cost(method, len(held) + min(len(held), len(x))) as cost:
             report["error"] = dict(levels=errors(denoiser(method), (x, y), (held, held_y), batch, seed, device, out / "error.csv"))
-        report["error"] |= cost.says(f"held-out images of {data or source}, and as many of those trained on")
+        report["error"] |= cost.says(f"{kind} and images trained on, optimal prediction included")
     if frechet or nearest:
+        guide(method, guidance, labels)
+        run = chain(method, sampler, options, shape)
         with Cost(method, n) as cost:
-            samples = draw(run, shape, n, seed, batch, labels, device)
+            samples = draw(run, shape, [(seed, i) for i in range(n)], batch, labels, device)
         report["samples"] = dict(sampler=sampler, options=options) | cost.says("samples")
     if frechet:
         report["frechet"] = frechet_report(network, samples, x, source, batch)
     if nearest:
-        report["nearest"] = nearest_report(samples, pixels.to_float(x), held, out / "nearest.png")
+        report["nearest"] = nearest_report(samples, x, held, kind, out / "nearest.png")
+    before = json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else {}
+    if all(before.get(key) == report[key] for key in ("checkpoint", "method", "step", "weights")):
+        report = before | report
     (out / "report.json").write_text(json.dumps(report, indent=1))
-    print(f"wrote {', '.join(str(p) for p in sorted(out.iterdir()))}")
+    print(f"wrote {out / 'report.json'}" + " and terms.csv" * nll + " and error.csv" * error + " and nearest.png" * nearest)
     return report
 
 
@@ -100,7 +113,7 @@ def load_like(checkpoint, source):
     """Images of the checkpoint's shape, and labels (None for an unconditional model); ValueError where they do not fit it."""
     C, *size = checkpoint["shape"]
     try:
-        images, labels, names = pixels.load(source, None if checkpoint.get("latents") else size, C)
+        images, labels, names = pixels.load(source, *(None, None) if checkpoint.get("latents") else (size, C))
     except ValueError as error:
         raise ValueError(f"{error} (the images of this run; --data names others for --nll)" if source == checkpoint["config"]["data"] else error)
     if list(images.shape[1:]) != checkpoint["shape"]:
@@ -109,29 +122,6 @@ def load_like(checkpoint, source):
     if classes and names != classes:
         raise ValueError(f"the model knows the classes {', '.join(classes[:10])}; {source} has {', '.join(names[:10]) or 'none'}")
     return images, labels if classes else None
-
-
-class Cost:
-    """Network evaluations and seconds that are spent inside it, for each of n images."""
-
-    def __init__(self, method, n):
-        self.nets, self.n, self.seen = [m for m in method.modules() if isinstance(m, UNet)], n, 0
-
-    def __enter__(self):
-        self.hooks, self.start = [net.register_forward_hook(self.count) for net in self.nets], time.time()
-        return self
-
-    def count(self, net, inputs, output):
-        self.seen += len(inputs[0])
-
-    def __exit__(self, *_):
-        self.seconds = time.time() - self.start
-        for hook in self.hooks:
-            hook.remove()
-
-    def says(self, what):
-        print(f"{self.n} {what}: {self.seen / self.n:.0f} network evaluations and {self.seconds / self.n:.3f} s each")
-        return dict(n=self.n, nfe=self.seen / self.n, seconds_per_image=self.seconds / self.n)
 
 
 def table(path, rows):
@@ -155,18 +145,18 @@ def likelihood(method, x, y, steps, batch, seed, device, path):
 
     def some(which):
         return method.bits_per_dim(x[which].to(device), None if y is None else y[which].to(device), steps=steps,
-                                   randn_like=seeded_noise(seed, which), progress=ticking)
+                                   randn_like=seeded_noise([(seed, i) for i in which]), progress=ticking)
     parts = in_batches(some, len(x), batch, bar)
     bar.close()
-    total, prior, terms, mse = (torch.cat([part[key].double().cpu() for part in parts]) for key in ("total", "prior", "terms", "mse"))
+    total, prior, terms, mse = (torch.cat([part[key].cpu().double() for part in parts]) for key in ("total", "prior", "terms", "mse"))
     prior, terms = prior.mean(), terms.mean(0)                                            # (steps,)
     rate = prior + terms.sum() - terms.cumsum(0)                                          # DDPM Algorithm 4: bits received when x_t is known
     distortion = 127.5 * mse.mean(0).sqrt()
     table(path, [dict(t=t, bits_per_dim=f"{a:.6g}", rate=f"{b:.6g}", distortion=f"{c:.6g}") for t, a, b, c in zip(tau, terms, rate, distortion)])
     early = sum(t <= method.T / 100 for t in tau)
-    result = dict(bits_per_dim=total.mean().item(), standard_error=(total.std() / len(total) ** 0.5).item(), prior=prior.item(), rate=rate[0].item(),
+    result = dict(bits_per_dim=total.mean().item(), standard_error=(total.std() / len(total) ** 0.5).item() if len(total) > 1 else None, prior=prior.item(), rate=rate[0].item(),
                   decoder=terms[0].item(), distortion=distortion[0].item(), first_percent=terms[:early].sum().item(), steps=len(tau))
-    print("NLL at most {bits_per_dim:.3f} +- {standard_error:.3f} bits/dim in {steps} steps: L_T {prior:.5f}, L_1 and up {rate:.3f}, L_0 {decoder:.3f}".format(**result))
+    print("NLL at most {bits_per_dim:.3f}".format(**result) + f" +- {result['standard_error'] or math.nan:.3f}" + " bits/dim in {steps} steps: L_T {prior:.5f}, L_1 and up {rate:.3f}, L_0 {decoder:.3f}".format(**result))
     print(f"of it {result['first_percent']:.3f} ({100 * result['first_percent'] / result['bits_per_dim']:.0f}%) from the first 1% of the steps, "
           f"t = 1 to {tau[early - 1]}" if early else "no step was kept of the first 1%")
     print("reverse steps done, rate (bits/dim), distortion (RMSE, 0 to 255):")
@@ -180,8 +170,11 @@ def likelihood(method, x, y, steps, batch, seed, device, path):
 
 def errors(D, trained, held, batch, seed, device, path):
     """RMSE of D(x; sigma) by noise level, on held-out images and on as many of the images trained on, and for those the least
-    that any denoiser can reach, which is the posterior mean over all of them (at most 50,000)."""
-    data = pixels.to_float(trained[0][:50_000])
+    that any denoiser can reach, which is the posterior mean over all of them (of the same class, where there are classes).
+
+    Of large sets the first 50,000 images, or 2 GB, stand for all.
+    """
+    data = pixels.to_float(trained[0][:min(50_000, int(5e8) // trained[0][0].numel())])
     some = torch.linspace(0, len(data) - 1, min(len(held[0]), len(data))).long()
     sets = dict(held_out=held, trained_on=(data[some], None if trained[1] is None else trained[1][some]))
     rows = []
@@ -189,16 +182,19 @@ def errors(D, trained, held, batch, seed, device, path):
     for level in LEVELS:
         if not D.sigma_min <= level <= D.sigma_max:
             continue
-        sigma, row = float(D.round_sigma(level)), dict(sigma=level)
+        sigma, row = float(D.round_sigma(level)), dict(sigma=level, level_used=float(D.round_sigma(level)))
         alpha_bar = 1 / (1 + sigma ** 2)
         for name, (x, y) in sets.items():
             squares = dict.fromkeys((name, "floor"), 0.0)
             for i in torch.arange(len(x)).split(batch):
-                noisy = x[i] + sigma * seeded_noise(seed, i.tolist())(x[i])
+                noisy = x[i] + sigma * seeded_noise([(seed, k) for k in i.tolist()])(x[i])
                 denoised = D(noisy.to(device), sigma, None if y is None else y[i].to(device)).float().cpu()
                 squares[name] += (denoised - x[i]).square().sum().item()
                 if name == "trained_on":
-                    squares["floor"] += (posterior_mean(alpha_bar ** 0.5 * noisy, alpha_bar, data) - x[i]).square().sum().item()
+                    for k in range(1) if y is None else y[i].unique():
+                        mine, same = (slice(None), slice(None)) if y is None else (y[i] == k, trained[1][:len(data)] == k)
+                        optimal = posterior_mean(alpha_bar ** 0.5 * noisy[mine], alpha_bar, data[same])
+                        squares["floor"] += (optimal - x[i][mine]).square().sum().item()
             row |= {key: (value / x.numel()) ** 0.5 for key, value in squares.items() if value or key == name or name == "trained_on"}
         rows.append(row)
         print("{sigma:<6g} {held_out:8.4f}  {trained_on:10.4f}  {floor:5.4f}".format(**row), flush=True)
@@ -221,7 +217,12 @@ class Features:
         self.path, self.device, self.about = path, device, json.loads(about["about.json"] or "{}")
         self.options = dict(return_features=True) if "return_features" in arguments else {}   # as a published Inception port has it
         try:
-            vector = self(torch.zeros(2, *shape, dtype=torch.uint8), 2)
+            blank, self.colour = torch.zeros(2, *shape, dtype=torch.uint8), shape[0]
+            try:
+                vector = self(blank, 2)
+            except Exception:                                          # gray images for a network of three channels
+                self.colour = 3
+                vector = self(blank, 2)
         except Exception as error:  # torch raises many kinds
             raise ValueError(f"{path} cannot take images of {'x'.join(map(str, shape))}: {str(error).strip().splitlines()[-1]}")
         if vector.ndim != 2:
@@ -233,31 +234,32 @@ class Features:
     @torch.no_grad()
     def __call__(self, images, batch):
         """(N, D) float64, on the CPU, of uint8 images (N, C, H, W)."""
-        colour = 3 if images.shape[1] == 1 else images.shape[1]
-        parts = [self.net(x.to(self.device).expand(-1, colour, -1, -1), **self.options) for x in tqdm(images.split(batch), "features", leave=False, disable=len(images) <= batch)]
+        parts = [self.net(x.to(self.device).expand(-1, self.colour, -1, -1), **self.options) for x in tqdm(images.split(batch), "features", leave=False, disable=len(images) <= batch)]
         if not all(torch.is_tensor(part) for part in parts):
             raise ValueError("it gives no tensor")
-        return torch.cat(parts).double().cpu()
+        return torch.cat(parts).cpu().double()
 
     def statistics(self, images, source, batch):
         """Mean (D,) and covariance (D, D) of the data's features, kept in a file beside the data."""
-        path, key = Path(source), hashlib.sha256(Path(self.path).read_bytes())
-        key.update(f"{tuple(images.shape)} {path.stat().st_mtime_ns if path.exists() else ''}".encode())
+        path, key = Path(source).resolve(), hashlib.sha256(Path(self.path).read_bytes() + str(images.shape).encode())
+        key.update(images.contiguous().numpy())
         kept = path.with_name(f"{path.name}.{key.hexdigest()[:12]}.stats.npz")
-        if path.exists() and kept.exists():
+        try:
             with np.load(kept, allow_pickle=False) as file:
                 return torch.from_numpy(file["mean"]), torch.from_numpy(file["covariance"])
-        mean, covariance = moments(self(images, batch))
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            mean, covariance = moments(self(images, batch))
         if path.exists():
             try:
-                np.savez(kept, mean=mean.numpy(), covariance=covariance.numpy())
+                np.savez(kept.with_suffix(".tmp.npz"), mean=mean.numpy(), covariance=covariance.numpy())
+                os.replace(kept.with_suffix(".tmp.npz"), kept)
             except OSError as error:
                 print(f"note: the data's statistics could not be kept: {error}")
         return mean, covariance
 
 
 def moments(features):
-    return features.mean(0), torch.cov(features.T)
+    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
 
 
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
@@ -284,21 +286,25 @@ def frechet_report(network, samples, data, source, batch):
 
 # Nearest training images
 
-def nearest_report(samples, data, held, path):
-    """Grid of samples, each with its three closest training images; how far those are, against the same for held-out images."""
-    distance, index = closest(samples, data)
-    usual, _ = closest(held, data)
-    rows = torch.cat([samples[:16, None], data[index[:16]]], dim=1)                        # (16, 4, C, H, W)
-    pixels.save_grid(rows.flatten(0, 1), path, columns=8)
-    result = dict(samples=distance[:, 0].median().item(), held_out=usual[:, 0].median().item(), copies=(distance[:, 0] < usual[:, 0].min()).double().mean().item())
-    print("median distance to the nearest training image (RMSE, 0 to 255): samples {samples:.1f}, held-out images {held_out:.1f}; "
-          "{copies:.0%} of the samples are closer than any held-out image".format(**result))
+def nearest_report(samples, data, held, kind, path):
+    """Grid of samples, each with its three closest training images; how far those are, against the same for held-out images.
+
+    A copy is a sample whose nearest training image is three times as near as its 50 nearest are on average.
+    """
+    (distance, index), (usual, _) = closest(samples, data), closest(held, data)
+    rows = torch.cat([samples[:16, None], pixels.to_float(data[index[:16, :3]].flatten(0, 1)).unflatten(0, (-1, min(3, len(data))))], dim=1)
+    pixels.save_grid(rows.flatten(0, 1), path, columns=2 * rows.shape[1])                  # (16, 4, C, H, W)
+    result = dict(samples=distance[:, 0].median().item(), held_out=usual[:, 0].median().item(),
+                  copies=(distance[:, 0] < distance.mean(1) / 3).double().mean().item())
+    print("median distance to the nearest training image (RMSE, 0 to 255): samples {samples:.1f}, {kind} {held_out:.1f}; "
+          "{copies:.0%} of the samples are copies, three times as near to one as to its 50 nearest on average".format(kind=kind, **result))
     return result
 
 
-def closest(x, data, k=3):
-    """RMSE on the 0 to 255 scale (N, k), and index (N, k), of the k images of data nearest to each of x (N, C, H, W)."""
-    distance = torch.cat([torch.cdist(x.flatten(1).double(), part.flatten(1).double()) for part in data.split(5000)], dim=1)
+def closest(x, data, k=50):
+    """RMSE on the 0 to 255 scale (N, k), and index (N, k), of the k images of data (uint8 or in [-1, 1]) nearest to each of x (N, C, H, W)."""
+    parts = data.split(max(1, int(2e7) // data[0].numel()))
+    distance = torch.cat([torch.cdist(x.flatten(1).double(), pixels.to_float(part).flatten(1).double()) for part in parts], dim=1)
     distance, index = distance.topk(min(k, len(data)), largest=False)
     return 127.5 * distance / x[0].numel() ** 0.5, index
 

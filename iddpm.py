@@ -104,7 +104,7 @@ class IDDPM(DDPM):
                eta: float | None = None,     # DDIM with this eta (0 = deterministic); default ancestral, DDPM Algorithm 2
                randn_like=torch.randn_like):
         """DDPM's sampler on the steps that `space_timesteps` keeps; the network still sees the original t; Sec. 4."""
-        return super().sample(noise, y, steps=steps, eta=eta, randn_like=randn_like)
+        return super().sample(noise, y, steps=steps, eta=eta, randn_like=randn_like)                    # Eq. 19
 
     def kept_steps(self, steps):
         return steps if isinstance(steps, list) else space_timesteps(self.T, self.T if steps is None else steps)

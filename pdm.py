@@ -41,7 +41,7 @@ def posterior_mean(x_t, alpha_bar, data):
     z, data = x_t.flatten(1).to(torch.float32 if x_t.device.type == "mps" else torch.float64), data.flatten(1).split(1000)
     alpha_bar, logits = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1), []
     for x in data:                                                                                      # (n, C H W)
-        distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)
+        distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)  # Optimal prediction
         logits.append(-distance / (2 * (1 - alpha_bar)))                                                # (B, n)
     w = torch.cat(logits, dim=1).softmax(1).split(1000, dim=1)                                          # (B, N) in parts
     return sum(w_k @ x.to(z) for w_k, x in zip(w, data)).view_as(x_t).to(x_t.dtype)
@@ -87,13 +87,13 @@ class PDM(IDDPM):
         return own[torch.randint(len(own), (B,), device=device)].view(B, 1, 1, 1), 1.0
 
     def snr(self, t):
-        return self.alpha_bar[t] / (1 - self.alpha_bar[t])
+        return self.alpha_bar[t] / (1 - self.alpha_bar[t])                                              # SNR(t)
 
     def gamma(self, t):
         """Weight of the loss on x, (B, 1, 1, 1) float64: sqrt(SNR) in the paper, the others in its code."""
         snr = self.snr(t)
         return {"1": torch.ones_like(snr), "sqrt_snr": snr.sqrt(), "snr": snr, "snr+1": snr + 1, "truncated": snr.clamp(min=1),
-                "p2": snr * (1 - self.alpha_bar[t]).sqrt()}[self.weight]
+                "p2": snr * (1 - self.alpha_bar[t]).sqrt()}[self.weight]                                # Loss weight
 
     def x_0_and_v(self, x_t, t, y=None):
         """x_0_hat from any of the three targets, and IDDPM's v (or None)."""
@@ -109,7 +109,7 @@ class PDM(IDDPM):
         t, _ = self.draw_t(len(x_0), x_0.device)
         x_t = self.q_sample(x_0, t, torch.randn_like(x_0))
         x_0_hat, var = self.x_0_and_v(x_t, t, y)
-        L = (self.gamma(t).to(x_0.dtype) * (x_0 - x_0_hat).square()).flatten(1).mean(1)
+        L = (self.gamma(t).to(x_0.dtype) * (x_0 - x_0_hat).square()).flatten(1).mean(1)                 # Loss weight
         if self.learned:
             L = L + self.lambda_vlb * self.T * self.L_t(x_0, x_t, t, x_0_hat.detach(), var)             # IDDPM Eq. 16
         return L.mean()

@@ -4,6 +4,7 @@ The checkpoint's path is all it needs. Its flags are the keyword arguments of `s
 method's own or one of EDM's:  python sample.py runs/pdm/ckpt.pt --sampler heun --help
 """
 import functools
+import re
 import sys
 import time
 import typing
@@ -17,7 +18,7 @@ import data as pixels
 from edm import denoiser, ode_sample
 from patch_diffusion import PatchDiffusion, coordinates
 from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, read, seeded_noise
-from unet import Guided
+from unet import Guided, UNet
 
 SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
                 churn=dict(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003))  # EDM Table 5, ImageNet-64
@@ -25,11 +26,15 @@ SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
 
 def sample(path, options, *,
            sampler: typing.Literal["own", "heun", "euler", "churn"] = "own",  # the method's own, or EDM's: second order, first order, stochastic
-           n: int = 64,                # number of images
+           n: int | None = None,       # number of images; default 64, 8 in each of several rows, 8 for --gif, 1 for --strip
            seed: int = 0,              # image i depends on (seed, i) alone, not on --n, --batch or the device
+           seeds: str | None = None,   # one seed an image, as 0-63,100: each is the first image of that --seed, and its file is named by it
            batch: int = 64,            # images at a time; halved by itself where a GPU's memory is short
-           class_: str | None = None,  # one class, by name or number; default all of them in turn
-           guidance: float | None = None,  # weight of classifier-free guidance; default 1, the plain conditional model; patch_diffusion 1.3
+           class_: tuple[str, ...] = (),  # a class, by name or number; several, or "all": a row for each; default all in turn
+           guidance: tuple[float, ...] = (),  # weight of classifier-free guidance; several: a row for each; default 1, patch_diffusion 1.3
+           compare: tuple[str, ...] = (),  # more checkpoints, drawn from the same noise: a row for each
+           gif: bool = False,          # the chain as an animation: x above, the estimate of x_0 below
+           strip: bool = False,        # eight moments of the chain in a row: x above, the estimate of x_0 below
            window: tuple[int, ...] = (),  # patch_diffusion: y x h w, only this part of the image, drawn at its place
            canvas: tuple[int, ...] = (),  # patch_diffusion: height and width of a larger or smaller canvas, with --extend or --zoom
            extend: bool = False,       # the canvas goes on past the image: coordinates beyond 1
@@ -37,22 +42,101 @@ def sample(path, options, *,
            raw: bool = False,          # use the weights as trained, not their average
            out: str | None = None,     # a .png for one grid, a new folder for numbered .png files, a .npy for latents; default in the run
            device: str | None = None): # cuda, mps or cpu; default the first of them that is there
-    """Write n images drawn with `sampler` under its own `options`. Raises ValueError before any work."""
-    if n < 1 or batch < 1:
+    """Write images drawn with `sampler` under its own `options`. Raises ValueError before any work."""
+    loaded = {p: load(p, ema=not raw, device=device) for p in (path, *compare)}
+    checkpoint, w = loaded[path][1], guidance[0] if guidance else None
+    class_ = tuple(checkpoint["classes"]) if class_ == ("all",) and checkpoint["classes"] else class_
+    several = [flag for flag, given in (("--class", class_), ("--guidance", guidance), ("--compare", (path, *compare)), ("--gif", gif * "12"), ("--strip", strip * "12")) if len(given) > 1]
+    if len(several) > 1:
+        raise ValueError(f"{' and '.join(several)} do not go together: only one of them can make the rows")
+    rows = ([(f"w = {weight:g}", path, class_, weight) for weight in guidance] if len(guidance) > 1 else
+            [(name, path, (name,), w) for name in class_] if len(class_) > 1 else
+            [(Path(p).resolve().parent.name + f" {k}" * (k > 0), p, class_, w) for k, p in enumerate((path, *compare))])
+    keys = parse_seeds(seeds, n) if seeds else [(seed, i) for i in range(n if n is not None else 1 if strip else 8 if gif or len(rows) > 1 else 64)]
+    if not keys or batch < 1:
         raise ValueError(f"--n and --batch must be 1 or more, got {n} and {batch}")
-    method, checkpoint = load(path, ema=not raw, device=device)
-    suffix = ".npy" if checkpoint.get("latents") else ".png"
-    out = Path(out or Path(path).parent / "samples" / f"seed{seed}{suffix}")
-    if out.suffix.lower() != suffix and (suffix == ".npy" or out.suffix.lower() == ".npy" or out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise ValueError(f"--out {out} must end in {suffix}" + (", or be a new or empty folder" if suffix == ".png" else ": this model draws latents"))
-    labels = choose_labels(n, class_, checkpoint["classes"])
-    shape = place(method, checkpoint, window, canvas, extend, zoom)
-    guide(method, guidance, labels)
-    run = chain(method, sampler, options, shape)
-    (out.parent if out.suffix.lower() == suffix else out).mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    images = draw(run, shape, n, seed, batch, labels, next(method.parameters()).device)
-    print(f"wrote {write(images, out)}; {n} images in {time.time() - start:.1f} s, mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]")
+    suffix = "-strip.png" if strip else ".gif" if gif else ".npy" if checkpoint.get("latents") else ".png"
+    out = Path(out or Path(path).parent / "samples" / f"seed{seeds or seed}{suffix}")
+    if not out.name.lower().endswith(suffix[-4:]) and (gif or strip or suffix == ".npy" or out.suffix.lower() in (".npy", ".gif") or out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ValueError(f"--out {out} must end in {suffix[-4:]}" + (", or be a new or empty folder" if suffix == ".png" else ""))
+
+    def ready(row):
+        _, p, classes, weight = row
+        method, other = loaded[p]
+        if other["shape"] != checkpoint["shape"]:
+            raise ValueError(f"{p} draws {'x'.join(map(str, other['shape']))}, {path} {'x'.join(map(str, checkpoint['shape']))}: they cannot share their noise")
+        labels = choose_labels(len(keys), classes, other["classes"])
+        unguided(method)
+        shape = place(method, other, window, canvas, extend, zoom)
+        guide(method, weight, labels)
+        return method, labels, shape, chain(method, sampler, options, shape)
+    for row in rows:
+        ready(row)
+    folder = out.suffix.lower() not in (".png", ".gif", ".npy")
+    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for row in rows:
+        method, labels, shape, run = ready(row)
+        with Cost(method, len(keys)) as cost:
+            if gif or strip:
+                write_chain(record(run, shape, keys, labels, next(method.parameters()).device), out, gif)
+                continue
+            drawn.append(draw(run, shape, keys, batch, labels, next(method.parameters()).device))
+        cost.says(f"images {row[0]}" if len(rows) > 1 else "images", drawn[-1])
+    if gif or strip:
+        cost.says("images")
+    elif folder:
+        for (label, *_), images in zip(rows, drawn):
+            inside = out / re.sub(r"[^\w.-]+", "_", label) if len(rows) > 1 else out
+            inside.mkdir(exist_ok=True)
+            for (s, i), image in zip(keys, images):
+                pixels.to_image(image).save(inside / f"{s if seeds else i:06d}.png")
+    elif suffix == ".npy":
+        np.save(out, torch.cat(drawn).numpy())
+    else:
+        labels = [label for label, *_ in rows] if len(rows) > 1 else ()
+        pixels.save_grid(torch.cat(drawn), out, len(keys) if labels else None, labels)
+    print(f"wrote {out}")
+
+
+def parse_seeds(text, n):
+    """[(seed, 0), ...] of a text like 0-63,100."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) or n is not None:
+        raise ValueError(f"--seeds reads like 0-63,100 and says by itself how many images; got {text}" + (f" and --n {n}" if n is not None else ""))
+    ranges = [[int(k) for k in part.split("-")] for part in text.split(",")]
+    count = sum(max(0, part[-1] - part[0] + 1) for part in ranges)
+    if not 0 < count <= 10 ** 6:
+        raise ValueError(f"--seeds {text} are {count:,} seeds; give 1 to 1,000,000")
+    return [(s, 0) for part in ranges for s in range(part[0], part[-1] + 1)]
+
+
+class Cost:
+    """Network evaluations and seconds that are spent inside it, for each of n images."""
+
+    def __init__(self, method, n):
+        self.nets, self.n, self.seen = [m for m in method.modules() if isinstance(m, UNet)], n, 0
+
+    def __enter__(self):
+        self.hooks, self.start = [net.register_forward_hook(self.count) for net in self.nets], time.time()
+        return self
+
+    def count(self, net, inputs, output):
+        self.seen += len(inputs[0])
+
+    def __exit__(self, *_):
+        self.seconds = time.time() - self.start
+        for hook in self.hooks:
+            hook.remove()
+
+    def says(self, what, images=None):
+        """Print it, with the images' mean and spread by channel, and return it."""
+        print(f"{self.n} {what}: {self.seen / self.n:.0f} network evaluations and {self.seconds / self.n:.3f} s each"
+              + (f"; mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]" if images is not None else ""))
+        return dict(n=self.n, nfe=self.seen / self.n, seconds_per_image=self.seconds / self.n)
+
+
+def unguided(method):
+    method.net = method.net.net if isinstance(method.net, Guided) else method.net
 
 
 def guide(method, w, labels):
@@ -69,6 +153,11 @@ def guide(method, w, labels):
 def chain(method, sampler, options, shape):
     """The sampler as a function of (noise, y, randn_like=...); ValueError for options that it cannot take, before any work."""
     run = method.sample if sampler == "own" else functools.partial(ode_sample, denoiser(method))
+    known = flags_of(type(method).sample if sampler == "own" else ode_sample)
+    options = {key: int(value) if isinstance(value, str) and value.isdigit() else value for key, value in options.items()}
+    for key, value in options.items():
+        if key not in known or isinstance(value, str) and str(known[key][0].annotation).find("str") < 0:
+            raise ValueError(f"--{key} {value} does not suit the sampler of {type(method).__name__}")
     run = functools.partial(run, **SAMPLERS[sampler] | options)
     next(run(torch.zeros(1, *shape, device=next(method.parameters()).device)))
     return run
@@ -99,17 +188,43 @@ def place(method, checkpoint, window, canvas, extend, zoom):
     return C, h, w
 
 
-def draw(run, shape, n, seed, batch, labels, device):
-    """n images (n, C, H, W) in [-1, 1], on the CPU, drawn by the sampler `run`."""
+def draw(run, shape, keys, batch, labels, device):
+    """Images (n, C, H, W) in [-1, 1], on the CPU, drawn by the sampler `run`; image k is that of keys[k], (seed, i)."""
     def some(which):
-        noise = seeded_noise(seed, which)
+        noise = seeded_noise([keys[k] for k in which])
         x, y = noise(torch.empty(len(which), *shape, device=device)), None if labels is None else labels[which].to(device)
         for x, _ in run(x, y, randn_like=noise):
             bar.update()
         return x.float().cpu()
 
     with tqdm(unit=" steps") as bar:
-        return torch.cat(in_batches(some, n, batch, bar))
+        return torch.cat(in_batches(some, len(keys), batch, bar))
+
+
+def record(run, shape, keys, labels, device, most=60):
+    """[(x, x_0_hat), ...] on the CPU along the chain, at most so many, evenly spaced, the last one always among them."""
+    noise = seeded_noise(keys)
+    x, y = noise(torch.empty(len(keys), *shape, device=device)), None if labels is None else labels.to(device)
+    frames, stride, step = [], 1, 0
+    for x, x_0_hat in tqdm(run(x, y, randn_like=noise), unit=" steps"):
+        if step % stride == 0:
+            frames.append((x.float().cpu(), x_0_hat.float().cpu()))
+        if len(frames) >= most:
+            frames, stride = frames[::2], 2 * stride
+        step += 1
+    return frames + [(x.float().cpu(), x_0_hat.float().cpu())]
+
+
+def write_chain(frames, out, gif):
+    """A .gif of all frames, or a strip of eight of them; x above, x_0_hat below, x scaled to be seen while it is mostly noise."""
+    frames = [(x / (2 * x.std(dim=(1, 2, 3), keepdim=True)).clamp(min=1), x_0_hat) for x, x_0_hat in frames]
+    if gif:
+        pictures = [pixels.grid(torch.cat(pair), len(pair[0]), width=256) for pair in frames]
+        pictures[0].save(out, save_all=True, append_images=pictures[1:] + [pictures[-1]] * 20, duration=50, loop=0)
+        return
+    eight = [frames[round(k * (len(frames) - 1) / 7)] for k in range(8)]
+    rows = [torch.stack([pair[part][i] for pair in eight]) for i in range(len(frames[0][0])) for part in (0, 1)]
+    pixels.save_grid(torch.cat(rows), out, 8, ["x", "x_0"] * (len(rows) // 2))
 
 
 def in_batches(function, n, batch, bar):
@@ -129,26 +244,15 @@ def in_batches(function, n, batch, bar):
 
 
 def choose_labels(n, class_, names):
-    """Class indices (n,), or None for an unconditional model; ValueError for a class that is not there."""
-    if class_ is None:
+    """Class indices (n,): the one given, or all in turn; None for an unconditional model; ValueError for a class that is not there."""
+    if not class_:
         return torch.arange(n) % len(names) if names else None
     if not names:
         raise ValueError("--class needs a model trained with --conditional")
-    if class_ not in names and not (class_.isdigit() and int(class_) < len(names)):
-        raise ValueError(f"no class {class_}: choose one of {', '.join(names[:20])}, or a number below {len(names)}")
-    return torch.full((n,), names.index(class_) if class_ in names else int(class_))
-
-
-def write(images, out):
-    """One grid if out ends in .png, numbers as they are if in .npy, else numbered .png files. Returns the path written."""
-    if out.suffix.lower() == ".png":
-        pixels.save_grid(images, out)
-    elif out.suffix.lower() == ".npy":
-        np.save(out, images.numpy())
-    else:
-        for i, image in enumerate(images):
-            pixels.to_image(image).save(out / f"{i:06d}.png")
-    return out
+    name, = class_
+    if name not in names and not (name.isdigit() and int(name) < len(names)):
+        raise ValueError(f"no class {name}: choose one of {', '.join(names[:20])}, or a number below {len(names)}, or all")
+    return torch.full((n,), names.index(name) if name in names else int(name))
 
 
 def parse(argv, function, doc, example):

@@ -87,6 +87,8 @@ def train(config, state=None, *,
     run = Path(out or f"runs/{config['method']}")
     if not resume and ((run / "ckpt.pt").exists() or (run / "log.csv").exists()):
         raise ValueError(f"{run} holds a run already: --resume goes on with it, --out chooses another folder")
+    if resume and "optimizer" not in state:
+        raise ValueError(f"{run} holds no optimizer, so it cannot go on: joined parts are for sampling")
     if resume and state["step"] >= steps:
         raise ValueError(f"{run} is at step {state['step']} already: give a larger --steps")
 
@@ -348,7 +350,7 @@ class Log:
 @torch.no_grad()
 def held_out_error(method, x, y):
     """{"rmse_<sigma>": error of x_0_hat} at fixed noise levels and fixed noise, on images in [-1, 1]."""
-    D, errors, eps = denoiser(method), {}, seeded_noise(0, range(len(x)))(x)
+    D, errors, eps = denoiser(method), {}, seeded_noise([(0, i) for i in range(len(x))])(x)
     for level in LEVELS:
         noisy = x + D.round_sigma(level) * eps
         x_0_hat = torch.cat([D(noisy[i:i + 64], level, None if y is None else y[i:i + 64]) for i in range(0, len(x), 64)])
@@ -359,7 +361,7 @@ def held_out_error(method, x, y):
 def preview(method, shape, classes, n):
     """n images from the same noise every time, by the method's own sampler, in 50 steps where that is a chain of T."""
     device = next(method.parameters()).device
-    noise = seeded_noise(0, range(n))
+    noise = seeded_noise([(0, i) for i in range(n)])
     y = torch.arange(n, device=device) % classes if classes else None
     chain = dict(steps=min(50, method.T)) if hasattr(method, "T") else {}
     for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, randn_like=noise, **chain):
@@ -367,9 +369,9 @@ def preview(method, shape, classes, n):
     return x
 
 
-def seeded_noise(seed, indices):
-    """A randn_like in which image i of a batch depends on (seed, i) alone: not on the batch, the device or the order."""
-    generators = [torch.Generator().manual_seed(int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> 1)) for i in indices]
+def seeded_noise(keys):
+    """A randn_like in which image k of a batch depends on keys[k], (seed, i), alone: not on the batch, the device or the order."""
+    generators = [torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)) for key in keys]
 
     def randn_like(x):
         return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)

@@ -28,7 +28,7 @@ def blur(path, *,
         raise ValueError(f"--image must lie in 0..{len(held) - 1}, got {image}")
     D, device = denoiser(method), next(method.parameters()).device
     data, x_0 = pixels.to_float(x[:limit]), pixels.to_float(held[image:image + 1])
-    n = seeded_noise(seed, [0])(x_0)
+    n = seeded_noise([(seed, 0)])(x_0)
     rows, levels = ([], [], []), [0.1 * 400 ** (k / 7) for k in range(8)]                    # 0.1 to 40
     for level in levels:
         sigma = float(D.round_sigma(level))

@@ -45,7 +45,7 @@ def features(*,
              seed: int = 0,              # seed of weights and order
              out: str | None = None,     # the file; default <data>-features.pt in this folder
              device: str | None = None): # cuda, mps or cpu
-    """Train, test on held-out images (every 20th), and save as TorchScript with the accuracy inside."""
+    """Train, test on held-out images (every 20th at random), and save as TorchScript with the accuracy inside."""
     device = pick_device(device)
     images, labels, names = pixels.load(data, size or None, channels)
     if labels is None or images.is_floating_point():
@@ -54,7 +54,9 @@ def features(*,
     if not out.parent.is_dir():
         raise ValueError(f"no such folder: {out.parent}")
     torch.manual_seed(seed)
-    held = torch.arange(len(images)) % 20 == 19
+    if epochs < 1 or len(images) < 40:
+        raise ValueError(f"needs --epochs of 1 or more and 40 images or more; got {epochs} and {len(images)}")
+    held = torch.zeros(len(images), dtype=torch.bool).index_fill(0, torch.randperm(len(images))[:len(images) // 20], True)
     held_images, held_labels, images, labels = images[held], labels[held], images[~held], labels[~held]
     net = Net(images.shape[1], len(names), width, dimensions).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr)

@@ -13,7 +13,7 @@ def join(paths, out):
     runs = {read(path)["config"].get("part"): read(path) for path in paths}
     first = next(iter(runs.values()))
     parts = len(first["config"].get("split_snr", ())) + 1
-    if sorted(runs, key=str) != list(range(parts)) or parts == 1:
+    if set(runs) != set(range(parts)) or parts == 1:
         raise ValueError(f"give one run for each part, 0 to {parts - 1}; got parts {', '.join(map(str, runs))}")
     for run in runs.values():
         for key in ("method", "shape", "classes"):

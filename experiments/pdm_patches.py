@@ -40,20 +40,24 @@ def pdm_patches(*,
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out = Path(out)
+    if features and not Path(features).is_file():
+        raise ValueError(f"no such file: {features}")
     rows = {P: dict(P=P) for P in patches}
     for P, cost in costs(size, patches, batch, repeats, device).items():
         rows[P] |= cost
     for P in patches if not speed else ():
         run = out / f"{Path(data).stem}-{size}-P{P}"
         if not (run / "ckpt.pt").exists():
-            train.main(f"--method pdm --patch {P} --data {data} --size {size} --steps {steps} --every {steps} --grid 16 --out {run}".split()
+            train.main([*f"--method pdm --patch {P} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
                        + (["--device", device] if device else []))
         method, checkpoint = load(run / "ckpt.pt", device=device)
+        if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
+            raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
         where = next(method.parameters()).device
         (x, _), held = hold_out(*load_like(checkpoint, data), 0)
         for row in errors(denoiser(method), (x[:5000], None), (pixels.to_float(held[0]), None), 64, 0, where, out / f"{run.name}-error.csv"):
             rows[P][f"rmse_{row['sigma']:g}"] = round(row["held_out"], 5)
-        samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], n, 0, 64, None, where)
+        samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], [(0, i) for i in range(n)], 64, None, where)
         pixels.save_grid(samples[:64], out / f"{run.name}.png")
         if features:
             network = Features(features, checkpoint["shape"], where)
@@ -76,7 +80,7 @@ def network(P, size, device):
 
 
 def costs(size, patches, batch, repeats, device):
-    """{P: seconds a training step, milliseconds an image and sampling step, peak memory of a sampling step}."""
+    """{P: seconds a training step (forward and backward), milliseconds an image and sampling step, peak memory of a sampling step}."""
     device = pick_device(device)
     methods = {P: network(P, size, device) for P in patches}
     x = torch.rand(batch, 3, size, size, device=device) * 2 - 1
@@ -105,7 +109,10 @@ def peak(P, size, batch, device):
         if not Path("/proc/self/clear_refs").exists():
             return math.nan
         line = [sys.executable, __file__, "--weigh", json.dumps([P, size, batch])]
-        return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"weighing P = {P} failed: {done.stderr.strip().splitlines()[-1]}")
+        return float(done.stdout)
     method, x = network(P, size, device), torch.rand(batch, 3, size, size, device=device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -119,7 +126,7 @@ def weigh(P, size, batch):
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
     torch.set_num_threads(1)
     method, x = network(P, size, torch.device("cpu")), torch.rand(batch, 3, size, size)
-    list(method.sample(x[:1, :, :32, :32], steps="2"))                 # whatever is set up once
+    list(method.sample(x[:1], steps="2"))                        # whatever is set up once
     Path("/proc/self/clear_refs").write_text("5")                      # the high-water mark starts anew
     before = kilobytes("VmRSS")
     list(method.sample(x, steps="2"))

@@ -32,19 +32,23 @@ def pdm_targets(*,
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out, rows = Path(out), []
+    if features and not Path(features).is_file():
+        raise ValueError(f"no such file: {features}")
     for P in patches:
         for target, weight in CASES:
             run = out / f"{Path(data).stem}-{size}-P{P}-{target}-{weight}"
             if not (run / "ckpt.pt").exists():
-                train.main(f"--method pdm --patch {P} --predict {target} --weight {weight} --data {data} --size {size} --steps {steps} "
-                           f"--every {steps} --grid 16 --out {run}".split() + (["--device", device] if device else []))
+                train.main([*f"--method pdm --patch {P} --predict {target} --weight {weight} --size {size} --steps {steps} --every {steps} "
+                            "--grid 16 --data".split(), data, "--out", str(run)] + (["--device", device] if device else []))
             method, checkpoint = load(run / "ckpt.pt", device=device)
+            if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
+                raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
             where = next(method.parameters()).device
             (x, _), held = hold_out(*load_like(checkpoint, data), 0)
             row = dict(P=P, predict=target, weight=weight)
             for level in errors(denoiser(method), (x[:2000], None), (pixels.to_float(held[0]), None), 64, 0, where, run / "error.csv"):
                 row[f"rmse_{level['sigma']:g}"] = round(level["held_out"], 4)
-            samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], n, 0, 64, None, where)
+            samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], [(0, i) for i in range(n)], 64, None, where)
             pixels.save_grid(samples[:64], out / f"{run.name}.png")
             if features:
                 network = Features(features, checkpoint["shape"], where)

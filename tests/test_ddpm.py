@@ -288,3 +288,15 @@ def test_the_decoder_of_any_chain_has_the_posterior_variance_of_that_chain_s_sec
     z = 1 / 255 / ((1 - a) / (1 - b) * (1 - b / a)).sqrt()
     expected = -torch.log2(torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
     close(ddpm.bits_per_dim(x_0, steps=steps, randn_like=torch.zeros_like)["terms"][0, 0], expected, rtol=1e-6)
+
+
+def test_the_bound_is_that_of_the_class():
+    ddpm = DDPM(closed_form(lambda x, t, y: torch.zeros_like(x) if y is None else y.view(-1, 1, 1, 1) + 0 * x), 1)
+    x_0 = torch.zeros(3, 1, 1, 1).double()
+    mse = ddpm.bits_per_dim(x_0, torch.arange(3), steps=10, randn_like=torch.zeros_like)["mse"]
+    close(mse[:, 0], torch.arange(3) ** 2 * (1 - ab[1]) / ab[1], rtol=1e-6)
+
+
+def test_eta_above_1_is_refused():
+    with pytest.raises(ValueError, match="eta"):
+        last(DDPM(zero, 1).sample(torch.zeros(1, 1, 1, 1), steps=10, eta=1.5))

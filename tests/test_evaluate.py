@@ -42,7 +42,7 @@ def test_the_frechet_distance_is_symmetric_and_zero_from_a_set_to_itself():
 def test_two_clouds_are_as_far_apart_as_the_gaussians_they_come_from():
     n, D = 200_000, 3
     x, y = torch.randn(n, D).double(), 1 + 2 * torch.randn(n, D).double()
-    assert abs(frechet_distance(*moments(x), *moments(y)) - (D * 1 + D * (2 - 1) ** 2)) < 0.05
+    assert abs(frechet_distance(*moments(x), *moments(y)) - (D * 1 + D * (2 - 1) ** 2)) < 0.1
     assert frechet_distance(*moments(x[: n // 2]), *moments(x[n // 2:])) < 1e-3
 
 
@@ -51,10 +51,10 @@ def test_two_clouds_are_as_far_apart_as_the_gaussians_they_come_from():
 def test_the_closest_image_of_a_training_image_is_itself():
     data = torch.rand(50, 3, 4, 4) * 2 - 1
     distance, index = closest(data[10:13] + 2 / 255, data)
-    assert index[:, 0].tolist() == [10, 11, 12] and index.shape == (3, 3)
+    assert index[:, 0].tolist() == [10, 11, 12] and index.shape == (3, 50)
     close(distance[:, 0], torch.full((3,), 1.0), rtol=1e-4)                           # one step of 255
     brute = 127.5 * (data[:, None] - data[10:13]).square().flatten(2).mean(2).sqrt()
-    close(closest(data[10:13], data)[0][:, 1:], brute.sort(dim=0)[0][1:3].T, rtol=1e-4)
+    close(closest(data[10:13], data, 3)[0][:, 1:], brute.sort(dim=0)[0][1:3].T, rtol=1e-4)
 
 
 # The command
@@ -79,7 +79,7 @@ def run(do, trained, tmp_path):
             shutil.copytree(trained / name, tmp_path / name)
         path = tmp_path / name / "evaluation" / "report.json"
         path.unlink(missing_ok=True)
-        code, out, err = do(evaluate, f"{name}/ckpt.pt {' '.join(rest)}")
+        code, out, err = do(evaluate, f"{name}/ckpt.pt --device cpu {' '.join(rest)}")
         return code, out, err, json.loads(path.read_text()) if path.exists() else None
     return run
 
@@ -105,9 +105,9 @@ def test_the_reported_bits_are_those_of_the_method_and_its_tables_add_up(run, tm
     code, out, err, report = run("pdm --nll --n 3")
     assert code == 0, err
     nll, rows = report["nll"], list(csv.DictReader(open(tmp_path / "pdm/evaluation/terms.csv")))
-    method, checkpoint = train.load(tmp_path / "pdm/ckpt.pt")
+    method, checkpoint = train.load(tmp_path / "pdm/ckpt.pt", device="cpu")
     (_, _), (x, y) = train.hold_out(*pixels.load(tmp_path / "set.npz")[:2], 0)
-    bound = method.bits_per_dim(pixels.to_float(x), y, randn_like=train.seeded_noise(0, range(3)))
+    bound = method.bits_per_dim(pixels.to_float(x), y, randn_like=train.seeded_noise([(0, 0), (0, 1), (0, 2)]))
     close(nll["bits_per_dim"], bound["total"].mean(), rtol=1e-4)
     assert len(x) == nll["n"] == 3 and nll["nfe"] == len(rows) == 12 and nll["seconds_per_image"] > 0
     assert [int(row["t"]) for row in rows] == list(range(1, 13))
@@ -130,14 +130,14 @@ def test_the_first_percent_is_the_sum_of_the_terms_up_to_t_over_100(tmp_path):
 
 
 def test_the_error_at_each_level_is_that_of_the_denoiser_and_the_floor_that_of_the_data(run, tmp_path):
-    code, out, _, report = run("edm")                                   # what is measured if nothing is named
-    method, _ = train.load(tmp_path / "edm/ckpt.pt")
+    code, out, _, report = run("edm --batch 2")                         # what is measured if nothing is named
+    method, _ = train.load(tmp_path / "edm/ckpt.pt", device="cpu")
     (x, _), (held, _) = train.hold_out(pixels.load(tmp_path / "set.npz")[0], None, 0)
     x, held, rows = pixels.to_float(x), pixels.to_float(held), report["error"]["levels"]
     assert code == 0 and rows[0]["sigma"] == 0.01 and rows[-1]["sigma"] == 50 and "edm" in out
     for row in rows:
         sigma, some = row["sigma"], [0, 28, 56]
-        n = train.seeded_noise(0, range(3))(held)
+        n = train.seeded_noise([(0, 0), (0, 1), (0, 2)])(held)
         close(row["held_out"], (method.D(held + sigma * n, sigma) - held).square().mean().sqrt(), rtol=1e-3)
         close(row["trained_on"], (method.D(x[some] + sigma * n, sigma) - x[some]).square().mean().sqrt(), rtol=1e-3)
         logits = -(x[some] + sigma * n)[:, None].double().sub(x.double()).square().flatten(2).sum(2) / (2 * sigma ** 2)
@@ -174,7 +174,7 @@ def do_sample(folder, n, steps):
 def test_copies_of_training_images_are_found_out(run, tmp_path, monkeypatch):
     data = pixels.to_float(pixels.load(tmp_path / "set.npz")[0])
     code, out, _, report = run("ddpm --nearest --n 6 --sampler euler --steps 3")
-    assert code == 0 and report["nearest"]["copies"] < 1 and report["samples"]["nfe"] == 3 and report["samples"]["sampler"] == "euler"
+    assert code == 0 and report["nearest"]["copies"] == 0 and report["samples"]["nfe"] == 3 and report["samples"]["sampler"] == "euler"
     assert Image.open(tmp_path / "ddpm/evaluation/nearest.png").size[0] >= 8 * 16
     monkeypatch.setattr(evaluate, "draw", lambda *arguments: data[10:16].clone())
     nearest = run("ddpm --nearest --n 6 --steps 3")[3]["nearest"]
@@ -184,7 +184,7 @@ def test_copies_of_training_images_are_found_out(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("line, words", [
     ("edm --nll", "edm has no variational bound"),
     ("ddpm --nll --data latents.npy", "floats"),
-    ("pdm --frechet", "--features"),
+    ("pdm --frechet", "--features"), ("pdm --frechet --features mean.pt --n 1", "--n 2"), ("pdm --nearest --eta 3", "eta"),
     ("pdm --features mean.pt", "--frechet"),
     ("pdm --frechet --features set.npz", "set.npz is not a TorchScript network"),
     ("pdm --frechet --features nothing.pt", "nothing.pt"),
@@ -210,8 +210,32 @@ def test_the_features_script_saves_a_network_that_evaluate_reads(do, tmp_path, m
     import features
     bright = (np.arange(200) % 2 * 120 + np.random.default_rng(0).integers(0, 60, (3, 16, 16, 200))).astype(np.uint8).transpose(3, 0, 1, 2)
     np.savez(tmp_path / "easy.npz", images=bright, labels=np.arange(200) % 2)
-    code, out, err = do(features, "--data easy.npz --epochs 8 --width 4 --dimensions 5 --out easy.pt")
+    code, out, err = do(features, "--data easy.npz --epochs 30 --width 4 --dimensions 5 --out easy.pt")
     assert code == 0 and "100.00% of 10" in out.splitlines()[-2], err
     network = evaluate.Features("easy.pt", [3, 16, 16], "cpu")
     assert network.dimensions == 5 and network.about["accuracy"] == "100.00%" and network.name == "Frechet distance on easy.pt"
-    assert do(features, "--data nothing")[0] == 2
+    for line in ("--data nothing", "--data easy.npz --epochs 0"):
+        assert do(features, line)[0] == 2
+
+
+def test_gray_images_reach_networks_of_one_channel_and_of_three(tmp_path):
+    for channels in (1, 3):
+        torch.jit.script(torch.nn.Sequential(ToFloat(), torch.nn.Conv2d(channels, 2, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())).save(str(tmp_path / "net.pt"))
+        assert evaluate.Features(str(tmp_path / "net.pt"), [1, 8, 8], "cpu").dimensions == 2
+
+
+class ToFloat(torch.nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
+def test_the_floor_of_a_conditional_model_is_taken_over_the_image_s_own_class(tmp_path):
+    data, y = torch.tensor([[0, 80], [120, 255]], dtype=torch.uint8).flatten()[:, None, None, None].expand(4, 1, 4, 4), torch.tensor([0, 0, 1, 1])
+    class D:
+        sigma_min, sigma_max = 5.0, 5.0
+        def round_sigma(self, sigma):
+            return sigma
+        def __call__(self, x, sigma, y=None):
+            return 0 * x
+    rows = [evaluate.errors(D(), (data, labels), (pixels.to_float(data), labels), 8, 0, "cpu", tmp_path / "e.csv")[0]["floor"] for labels in (None, y)]
+    assert 0 < rows[1] < 0.8 * rows[0]

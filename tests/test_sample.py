@@ -51,12 +51,12 @@ def test_image_i_depends_on_the_seed_and_i_alone(run, tmp_path):
 
 
 def test_seeded_noise_is_standard_normal_and_goes_on_with_every_call():
-    randn_like = seeded_noise(0, range(100))
+    randn_like = seeded_noise([(0, i) for i in range(100)])
     a, b = randn_like(torch.empty(100, 1, 20, 20)), randn_like(torch.empty(100, 1, 20, 20))
     for x in (a, b):
         assert abs(x.mean()) < 5 / 200 and abs(x.std() - 1) < 5 / 283
     assert abs((a * b).mean()) < 5 / 200 and abs((a[1:] * a[:-1]).mean()) < 5 / 199
-    assert torch.equal(seeded_noise(0, [7])(a[:1]), a[7:8])
+    assert torch.equal(seeded_noise([(0, 7)])(a[:1]), a[7:8])
 
 
 def test_classes_are_drawn_in_turn_or_one_by_name_or_number(run, tmp_path):
