@@ -9,6 +9,7 @@
 IMAGE is a file, or the number of an image that was held out of the run's data. All five methods, through the denoiser D(x; sigma)
 of edm.py: x here is always image + sigma noise. Flags are the keyword arguments of `edit` below.
 """
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 import data as pixels
 from edm import EDM, denoiser, ode_invert, ode_sample, sigma_steps
 from evaluate import load_like
-from sample import SAMPLERS, Cost, choose_labels, guide
+from sample import Cost, choose_labels, guide
 from train import Parser, add_flags, command, hold_out, load, seeded_noise
 
 FLAGS = dict(noise=(1, set()), inpaint=(2, {"resample", "n", "steps"}), invert=(1, {"steps"}), interpolate=(2, {"at", "latent", "n", "steps"}),
@@ -159,9 +160,10 @@ def level_at(method, at):
 
 
 def finish(method, x, sigma, y, steps, randn_like):
-    """From images under noise of level sigma to images: DDPM's ancestral chain from that t, or EDM's stochastic sampler."""
+    """From images under noise of level sigma to images: DDPM's ancestral chain from that t, or EDM's stochastic sampler with
+    about as much fresh noise as the reverse SDE has, dt / t a step."""
     if isinstance(method, EDM):
-        return draw(ode_sample(method, x / sigma, y, steps=steps, sigma_max=sigma, randn_like=randn_like, **SAMPLERS["churn"]))
+        return draw(ode_sample(method, x / sigma, y, steps=steps, sigma_max=sigma, randn_like=randn_like, S_churn=math.log(sigma / 0.002)))
     t = 1 + int((denoiser(method).sigma - sigma).abs().argmin())
     tau = sorted({max(1, round(1 + (t - 1) * k / (steps - 1))) for k in range(steps)})
     return draw(method.sample(method.alpha_bar[t].sqrt().to(x.dtype) * x, y, steps=tau, randn_like=randn_like))
