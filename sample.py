@@ -51,7 +51,9 @@ def sample(path, options, *,
         raise ValueError(f"{' and '.join(several)} do not go together: only one of them can make the rows")
     rows = ([(f"w = {weight:g}", path, class_, weight) for weight in guidance] if len(guidance) > 1 else
             [(name, path, (name,), w) for name in class_] if len(class_) > 1 else
-            [(Path(p).resolve().parent.name + f" {k}" * (k > 0), p, class_, w) for k, p in enumerate((path, *compare))])
+            [(Path(p).resolve().parent.name, p, class_, w) for p in (path, *compare)])
+    if len({row[0] for row in rows}) < len(rows):
+        rows = [(f"{k} {row[0]}", *row[1:]) for k, row in enumerate(rows, 1)]
     keys = parse_seeds(seeds, n) if seeds else [(seed, i) for i in range(n if n is not None else 1 if strip else 8 if gif or len(rows) > 1 else 64)]
     if not keys or batch < 1:
         raise ValueError(f"--n and --batch must be 1 or more, got {n} and {batch}")

@@ -148,3 +148,63 @@ def test_latents_are_trained_on_halves_at_least_and_come_out_as_numbers(do, tmp_
     drawn = np.load(tmp_path / "run/samples/seed0.npy")
     assert drawn.shape == (3, 5, 8, 8) and drawn.dtype == np.float32 and np.isfinite(drawn).all()
     assert do(sample, "run/ckpt.pt --n 1 --out x.png")[0] == 2
+
+
+def test_seeds_name_the_images_and_each_is_the_first_of_its_seed(run, tmp_path):
+    run(sample, "run/ckpt.pt --seeds 3-4,10 --steps 3 --class 1 --out picked")
+    assert sorted(p.name for p in (tmp_path / "picked").iterdir()) == ["000003.png", "000004.png", "000010.png"]
+    run(sample, "run/ckpt.pt --n 1 --seed 10 --steps 3 --class 1 --out alone")
+    assert np.abs(drawn(tmp_path / "picked")[2] - drawn(tmp_path / "alone")[0]).max() <= 1
+
+
+def test_a_row_for_each_class_or_weight_shares_its_noise_and_is_what_it_is_alone(run, tmp_path):
+    code, out, err = run(sample, "run/ckpt.pt --class all --n 2 --steps 3 --out rows")
+    assert code == 0 and sorted(p.name for p in (tmp_path / "rows").iterdir()) == ["0", "1", "2"] and out.count("network evaluations") == 3, err
+    run(sample, "run/ckpt.pt --class 2 --n 2 --steps 3 --out alone")
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(drawn(tmp_path / "rows/2"), drawn(tmp_path / "alone")))
+    assert any(np.abs(a - b).max() > 20 for a, b in zip(drawn(tmp_path / "rows/0"), drawn(tmp_path / "alone")))
+    assert run(sample, "run/ckpt.pt --guidance 0 1 3 --class 1 --n 2 --steps 3 --out w")[0] == 0
+    run(sample, "run/ckpt.pt --guidance 3 --class 1 --n 2 --steps 3 --out three")
+    a, b = drawn(tmp_path / "w/w_3"), drawn(tmp_path / "three")
+    assert all(np.abs(x - y).max() <= 1 for x, y in zip(a, b)) and any(np.abs(x - y).max() > 5 for x, y in zip(a, drawn(tmp_path / "w/w_1")))
+    run(sample, "run/ckpt.pt --class 0 2 --n 4 --steps 3 --out grid.png")
+    assert Image.open(tmp_path / "grid.png").size[1] == 2 * (16 * 8 + 2) + 2                                  # two rows of four, with room for labels
+    assert 4 * (16 * 8 + 2) + 2 < Image.open(tmp_path / "grid.png").size[0] < 4 * (16 * 8 + 2) + 60
+
+
+def test_checkpoints_are_compared_from_one_noise_each_under_options_that_all_understand(run, do, tmp_path):
+    assert do(train, "--method ddpm --steps 2 --out plain")[0] == 0
+    code, out, err = run(sample, "run/ckpt.pt --compare plain/ckpt.pt run/ckpt.pt --n 3 --steps 5 --out both")
+    names = ["1_run", "2_plain", "3_run"]
+    assert code == 0 and sorted(p.name for p in (tmp_path / "both").iterdir()) == names, err
+    first, second, third = (drawn(tmp_path / "both" / name) for name in names)
+    assert all((a == b).all() for a, b in zip(first, third)) and any((a != b).any() for a, b in zip(first, second))
+    do(train, "--method edm --steps 2 --out edm")
+    code, _, err = run(sample, "run/ckpt.pt --compare edm/ckpt.pt --steps 5 --eta 0.5")
+    assert code == 2 and "--eta" in err and "EDM" in err
+    code, _, err = run(sample, "run/ckpt.pt --compare plain/ckpt.pt --steps ddim10")
+    assert code == 2 and "--steps ddim10" in err
+
+
+def test_the_chain_is_shown_as_an_animation_and_as_a_strip_that_end_with_the_sample(run, tmp_path):
+    assert run(sample, "run/ckpt.pt --gif --n 2 --steps 30 --class 0 --out chain.gif")[0] == 0
+    animation = Image.open(tmp_path / "chain.gif")
+    assert animation.is_animated and 10 < animation.n_frames <= 80 and animation.size == (2 * (16 * 8 + 2) + 2,) * 2
+    assert run(sample, "run/ckpt.pt --strip --steps 30 --class 0 --out strip.png")[0] == 0
+    run(sample, "run/ckpt.pt --n 1 --steps 30 --class 0 --out one")
+    strip, zoom = np.asarray(Image.open(tmp_path / "strip.png")).astype(int), 4
+    assert strip.shape[0] == 2 * (16 * zoom + 2) + 2
+    last = strip[2:2 + 16 * zoom:zoom, -(16 * zoom + 2):-2:zoom]
+    assert np.abs(last - drawn(tmp_path / "one")[0]).max() <= 1
+    long = sample.record(lambda x, y, randn_like: ((torch.full((1, 1, 1, 1), float(k)),) * 2 for k in range(1000)), (1, 1, 1), [(0, 0)], None, "cpu")
+    values = [x.item() for x, _ in long]
+    assert values[-1] == 999 and 30 <= len(values) <= 61 and values == sorted(values)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--seeds 5-", "--seeds"), ("--seeds 3 --n 2", "--seeds"), ("--seeds 0-99999999999", "seeds"), ("--class 0 1 --guidance 1 2", "do not go together"),
+    ("--gif --strip", "do not go together"), ("--gif --out a.png", ".gif"), ("--class all --compare run/ckpt.pt", "do not go together"), ("--compare nothing.pt", "nothing.pt"),
+    ("--class 0 nine", "no class nine"), ("--n 0", "--n")])
+def test_a_mistake_in_rows_seeds_and_animations_is_one_line(run, tmp_path, flags, words):
+    code, _, err = run(sample, f"run/ckpt.pt --steps 2 {flags}")
+    assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1 and words in err and not list(tmp_path.rglob("seed*"))
