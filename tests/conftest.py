@@ -1,5 +1,8 @@
 import json
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,43 @@ def last(chain):
     for x, _ in chain:
         pass
     return x
+
+
+class Reports(list):
+    """A plugin that keeps what a test reports."""
+    __hash__ = object.__hash__
+
+    def pytest_runtest_logreport(self, report):
+        self.append(report)
+
+
+def pytest_runtestloop(session):
+    """Run half of a long list of tests in a second process, for two cores. Few tests, -x, --pdb, Windows and macOS: one process, as usual."""
+    options, items = session.config.option, session.items
+    if len(items) < 200 or options.maxfail or options.usepdb or options.collectonly or not sys.platform.startswith("linux"):
+        return None
+    hook, path = session.config.hook, Path(tempfile.mkdtemp()) / "reports"
+
+    def run(mine):
+        for item, following in zip(mine, mine[1:] + [None]):
+            hook.pytest_runtest_protocol(item=item, nextitem=following)
+    child = os.fork()
+    if child == 0:
+        try:
+            kept = Reports()
+            session.config.pluginmanager.unregister(name="terminalreporter")
+            session.config.pluginmanager.register(kept)
+            run(items[1::2])
+            path.write_text(json.dumps([hook.pytest_report_to_serializable(config=session.config, report=report) for report in kept]))
+        finally:
+            os._exit(0)
+    run(items[0::2])
+    os.waitpid(child, 0)
+    if not path.exists():
+        raise session.Failed("the second process died")
+    for data in json.loads(path.read_text()):
+        hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=session.config, data=data))
+    shutil.rmtree(path.parent)
+    if session.testsfailed:
+        raise session.Failed(f"{session.testsfailed} failed")
+    return True
