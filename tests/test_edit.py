@@ -42,6 +42,17 @@ def test_inpainting_keeps_known_pixels_exactly_and_draws_the_rest_from_the_condi
     assert abs(once.mean() - 0.9 * known) > 2 * abs(drawn.mean() - 0.9 * known)              # what --resample is for
 
 
+def test_inpainting_shows_the_denoiser_the_known_part_under_noise_of_its_own_level():
+    seen = []
+    class Watched(Pair):
+        def __call__(self, x, sigma, y=None):
+            seen.append(((x[..., 0] - 0.7).std() / sigma).item())
+            return super().__call__(x, sigma)
+    x_0, mask = torch.tensor([0.7, 0.0], dtype=torch.float64).view(1, 1, 1, 2), torch.tensor([False, True]).view(1, 1, 1, 2)
+    inpaint(Watched(), x_0, mask, torch.randn_like, None, 6, 3, 20_000)
+    assert len(seen) == 5 * 3 + 1 and max(abs(s - 1) for s in seen) < 5 / math.sqrt(2 * 20_000)
+
+
 def exact(kind):
     data = Gaussian(0.1, 0.3)
     if kind == "ddpm":
