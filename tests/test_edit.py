@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import Gaussian, close, closed_form, linear_alpha_bar
 from PIL import Image
+from test_sample import a_run, trained  # noqa: F401 (fixtures)
 from test_train import do, pictures  # noqa: F401 (fixtures)
 
 import edit
-import train
 from ddpm import DDPM
 from edm import EDM, denoiser
 from edit import inpaint, interpolate, vary
@@ -96,8 +96,8 @@ def test_variations_share_what_the_noise_leaves_of_the_image_and_nothing_at_full
 
 
 @pytest.fixture
-def run(do, tmp_path):
-    do(train, "--method pdm --patch 2 --steps 2 --lr 0.01 --warmup 0 --out run")
+def run(do, trained, tmp_path):
+    a_run(do, trained, tmp_path, "plain", "--method pdm --patch 2 --steps 2 --lr 0.01 --warmup 0")
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 20), np.uint8)).save(tmp_path / "gray.png")
     mask = np.zeros((16, 16), np.uint8)
