@@ -53,7 +53,7 @@ def edit(path, verb, sources, *,
     y = choose_labels(n, class_, checkpoint["classes"]).to(device) if class_ else None    # else the null class
     images = [read_image(source, checkpoint).to(device) for source in sources[:2 if verb == "interpolate" else 1]]
     noise = seeded_noise([(seed, i) for i in range(n)])
-    one = (lambda y: None if y is None else y[:1])(y)
+    one = None if y is None else y[:1]
     if verb == "inpaint":
         mask = read_mask(sources[1], checkpoint["shape"][1:]).to(device)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,9 +46,9 @@ def sample(path, options, *,
     loaded = {p: load(p, ema=not raw, device=device) for p in (path, *compare)}
     checkpoint, w = loaded[path][1], guidance[0] if guidance else None
     class_ = tuple(checkpoint["classes"]) if class_ == ("all",) and checkpoint["classes"] else class_
-    several = [flag for flag, given in (("--class", class_), ("--guidance", guidance), ("--compare", (path, *compare)), ("--gif", gif * "12"), ("--strip", strip * "12")) if len(given) > 1]
-    if len(several) > 1:
-        raise ValueError(f"{' and '.join(several)} do not go together: only one of them can make the rows")
+    rows_of = {"--class": len(class_) > 1, "--guidance": len(guidance) > 1, "--compare": compare, "--gif": gif, "--strip": strip}
+    if sum(map(bool, rows_of.values())) > 1:
+        raise ValueError(f"{' and '.join(flag for flag, given in rows_of.items() if given)} do not go together: only one of them can make the rows")
     rows = ([(f"w = {weight:g}", path, class_, weight) for weight in guidance] if len(guidance) > 1 else
             [(name, path, (name,), w) for name in class_] if len(class_) > 1 else
             [(Path(p).resolve().parent.name, p, class_, w) for p in (path, *compare)])
@@ -59,7 +59,8 @@ def sample(path, options, *,
         raise ValueError(f"--n and --batch must be 1 or more, got {n} and {batch}")
     suffix = "-strip.png" if strip else ".gif" if gif else ".npy" if checkpoint.get("latents") else ".png"
     out = Path(out or Path(path).parent / "samples" / f"seed{seeds or seed}{suffix}")
-    if not out.name.lower().endswith(suffix[-4:]) and (gif or strip or suffix == ".npy" or out.suffix.lower() in (".npy", ".gif") or out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    is_folder = suffix == ".png" and out.suffix.lower() not in (".png", ".npy", ".gif")
+    if not out.name.lower().endswith(suffix[-4:]) and not (is_folder and (not out.exists() or out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"--out {out} must end in {suffix[-4:]}" + (", or be a new or empty folder" if suffix == ".png" else ""))
 
     def ready(row):
@@ -74,8 +75,7 @@ def sample(path, options, *,
         return method, labels, shape, chain(method, sampler, options, shape)
     for row in rows:
         ready(row)
-    folder = out.suffix.lower() not in (".png", ".gif", ".npy")
-    (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
     drawn = []
     for row in rows:
         method, labels, shape, run = ready(row)
@@ -87,7 +87,7 @@ def sample(path, options, *,
         cost.says(f"images {row[0]}" if len(rows) > 1 else "images", drawn[-1])
     if gif or strip:
         cost.says("images")
-    elif folder:
+    elif is_folder:
         for (label, *_), images in zip(rows, drawn):
             inside = out / re.sub(r"[^\w.-]+", "_", label) if len(rows) > 1 else out
             inside.mkdir(exist_ok=True)
