@@ -239,3 +239,15 @@ def test_the_floor_of_a_conditional_model_is_taken_over_the_image_s_own_class(tm
             return 0 * x
     rows = [evaluate.errors(D(), (data, labels), (pixels.to_float(data), labels), 8, 0, "cpu", tmp_path / "e.csv")[0]["floor"] for labels in (None, y)]
     assert 0 < rows[1] < 0.8 * rows[0]
+
+
+class Port(torch.nn.Module):  # called as the published Inception port is
+    def forward(self, x, return_features: bool = False):
+        return x.float().mean(dim=[1, 2, 3])[:, None].expand(-1, 2048 if return_features else 1008)
+
+
+def test_only_a_port_of_inception_gives_the_name_fid(tmp_path):
+    for name, expected in (("inception-2015.pt", "FID"), ("other.pt", "Frechet distance on other.pt")):
+        torch.jit.script(Port()).save(str(tmp_path / name))
+        network = evaluate.Features(str(tmp_path / name), [3, 8, 8], "cpu")
+        assert network.dimensions == 2048 and network.name == expected
