@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 import data as pixels
-from edm import EDM, denoiser, ode_invert, ode_sample, sigma_steps
+from edm import EDM, denoiser, nearest, ode_invert, ode_sample, sigma_steps
 from evaluate import load_like
 from sample import Cost, choose_labels, guide
 from train import Parser, add_flags, command, hold_out, load, seeded_noise
@@ -51,7 +51,9 @@ def edit(path, verb, sources, *,
     if class_ or guidance is not None:
         guide(method, guidance, choose_labels(1, class_, checkpoint["classes"]))
     y = choose_labels(n, class_, checkpoint["classes"]).to(device) if class_ else None    # else the null class
-    images = [read_image(source, checkpoint).to(device) for source in sources[:2 if verb == "interpolate" else 1]]
+    pictured = sources[:1] if verb == "inpaint" else sources
+    held = held_out(checkpoint) if any(source.isdigit() for source in pictured) else []
+    images = [read_image(source, checkpoint, held).to(device) for source in pictured]
     noise = seeded_noise([(seed, i) for i in range(n)])
     one = None if y is None else y[:1]
     if verb == "inpaint":
@@ -71,7 +73,7 @@ def edit(path, verb, sources, *,
             print(f"latent, std {z.std():.3f}, in {out.with_suffix('.npy')}; reconstructed to {127.5 * (back - images[0]).square().mean().sqrt():.2f} of 255 (RMSE)")
             rows, labels, columns = [images[0], z / 2, back], (), 3
         elif verb == "interpolate":
-            rows, labels, columns = [images[0], interpolate(method, *images, at, latent, noise, seed, y, steps, n), images[1]], (), n + 2
+            rows, labels, columns = [images[0], interpolate(method, *images, at, latent, seed, y, steps, n), images[1]], (), n + 2
         else:
             rows, labels, columns = [images[0], vary(method, images[0], at, noise, seed, y, steps, n)], (), None
     cost.says("pictures")
@@ -79,11 +81,15 @@ def edit(path, verb, sources, *,
     print(f"wrote {out}")
 
 
-def read_image(source, checkpoint):
+def held_out(checkpoint):
+    """The images that were held out of the run's data, (N, C, H, W)."""
+    return hold_out(*load_like(checkpoint, checkpoint["config"]["data"]), checkpoint["config"]["overfit"])[1][0]
+
+
+def read_image(source, checkpoint, held):
     """(1, C, H, W) in [-1, 1], of the checkpoint's shape: a file, cropped and resized to it, or the number of a held-out image."""
     C, *size = checkpoint["shape"]
     if source.isdigit():
-        _, (held, _) = hold_out(*load_like(checkpoint, checkpoint["config"]["data"]), checkpoint["config"]["overfit"])
         if int(source) >= len(held):
             raise ValueError(f"there is no image {source}: {len(held)} were held out")
         return pixels.to_float(held[int(source)][None])
@@ -142,13 +148,11 @@ def inpaint(D, x_0, mask, randn_like, y, steps, resample, n):
     x_0 = x_0.expand(n, -1, -1, -1)
     x = sigmas[0] * randn_like(x_0)
     for sigma, lower in zip(sigmas, sigmas[1:]):
-        for again in range(resample):
+        for again in reversed(range(resample if lower > 0 else 1)):
             x = torch.where(mask, x, x_0 + sigma * randn_like(x_0))
             x = x + (lower - sigma) * (x - D(x, sigma, y)) / sigma                        # an Euler step of EDM's Algorithm 1
-            if again < resample - 1 and lower > 0:
+            if again:
                 x = x + (sigma ** 2 - lower ** 2) ** 0.5 * randn_like(x_0)
-            elif again == resample - 1 or lower == 0:
-                break
     return torch.where(mask, x, x_0)
 
 
@@ -156,7 +160,7 @@ def level_at(method, at):
     """The noise level that lies `at` (0 to 1) of the way along the method's own chain."""
     if not isinstance(method, EDM):
         return denoiser(method).sigma[max(1, round(at * method.T)) - 1].item()
-    return (0.002 ** (1 / 7) + at * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7              # EDM Eq. 5
+    return sigma_steps(1001)[round(1000 * (1 - at))].item()
 
 
 def finish(method, x, sigma, y, steps, randn_like):
@@ -164,12 +168,12 @@ def finish(method, x, sigma, y, steps, randn_like):
     about as much fresh noise as the reverse SDE has, dt / t a step."""
     if isinstance(method, EDM):
         return draw(ode_sample(method, x / sigma, y, steps=steps, sigma_max=sigma, randn_like=randn_like, S_churn=math.log(sigma / 0.002)))
-    t = 1 + int((denoiser(method).sigma - sigma).abs().argmin())
+    t = 1 + nearest(denoiser(method).sigma, sigma).item()
     tau = sorted({max(1, round(1 + (t - 1) * k / (steps - 1))) for k in range(steps)})
     return draw(method.sample(method.alpha_bar[t].sqrt().to(x.dtype) * x, y, steps=tau, randn_like=randn_like))
 
 
-def interpolate(method, a, b, at, latent, noise, seed, y, steps, n):
+def interpolate(method, a, b, at, latent, seed, y, steps, n):
     """n images (n, C, H, W) on the way from a to b: latents are mixed, not images."""
     lam = torch.linspace(0, 1, n, device=a.device).view(-1, 1, 1, 1)
     if latent:

@@ -125,7 +125,7 @@ def load_like(checkpoint, source):
 
 
 def table(path, rows):
-    """Write and print a list of dicts."""
+    """Write a list of dicts as a .csv."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -156,7 +156,8 @@ def likelihood(method, x, y, steps, batch, seed, device, path):
     early = sum(t <= method.T / 100 for t in tau)
     result = dict(bits_per_dim=total.mean().item(), standard_error=(total.std() / len(total) ** 0.5).item() if len(total) > 1 else None, prior=prior.item(), rate=rate[0].item(),
                   decoder=terms[0].item(), distortion=distortion[0].item(), first_percent=terms[:early].sum().item(), steps=len(tau))
-    print("NLL at most {bits_per_dim:.3f}".format(**result) + f" +- {result['standard_error'] or math.nan:.3f}" + " bits/dim in {steps} steps: L_T {prior:.5f}, L_1 and up {rate:.3f}, L_0 {decoder:.3f}".format(**result))
+    print("NLL at most {bits_per_dim:.3f} +- {error:.3f} bits/dim in {steps} steps: L_T {prior:.5f}, L_1 and up {rate:.3f}, L_0 {decoder:.3f}".format(
+        error=result["standard_error"] or math.nan, **result))
     print(f"of it {result['first_percent']:.3f} ({100 * result['first_percent'] / result['bits_per_dim']:.0f}%) from the first 1% of the steps, "
           f"t = 1 to {tau[early - 1]}" if early else "no step was kept of the first 1%")
     print("reverse steps done, rate (bits/dim), distortion (RMSE, 0 to 255):")

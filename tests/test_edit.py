@@ -67,7 +67,7 @@ def exact(kind):
 def test_interpolation_in_latent_space_starts_at_one_image_and_ends_at_the_other(kind):
     _, method = exact(kind)
     a, b = torch.randn(2, 1, 1, 4, 4).double() * 0.3
-    x = interpolate(method, a, b, 0.5, True, None, 0, None, 80, 5)
+    x = interpolate(method, a, b, 0.5, True, 0, None, 80, 5)
     assert x.shape == (5, 1, 4, 4) and (x[0] - a[0]).abs().max() < 0.03 and (x[-1] - b[0]).abs().max() < 0.03
     steps = x.diff(dim=0).flatten(1).norm(dim=1)
     assert steps.max() < 2 * steps.min()
@@ -77,7 +77,7 @@ def test_interpolation_in_latent_space_starts_at_one_image_and_ends_at_the_other
 def test_interpolation_through_a_little_noise_starts_near_one_image_and_ends_near_the_other(kind):
     _, method = exact(kind)
     a, b = torch.randn(2, 1, 1, 4, 4).double() * 0.3
-    x = interpolate(method, a, b, 0.02, False, None, 0, None, 20, 3)
+    x = interpolate(method, a, b, 0.02, False, 0, None, 20, 3)
     assert (x[0] - a[0]).abs().max() < 0.35 and (x[-1] - b[0]).abs().max() < 0.35 and (x[1] - (a[0] + b[0]) / 2).abs().max() < 0.35
 
 
