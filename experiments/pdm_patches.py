@@ -4,7 +4,6 @@ Trains P = 1, 2, 4, 8 alike (same U-Net, same images), then measures for each: e
 level (the curves should part only at low noise), seconds a training step, seconds and peak memory of a sample, Frechet
 distance where --features is given, and a grid. --speed only times untrained networks, for sizes too large to train here.
 """
-import csv
 import json
 import math
 import statistics
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as pixels
 import train
 from edm import denoiser
-from evaluate import Features, errors, frechet_distance, load_like, moments
+from evaluate import Features, errors, frechet_distance, load_like, moments, table
 from sample import draw
 from train import Parser, add_flags, build, command, flags_of, hold_out, load, pick_device, to_device
 from unet import UNet
@@ -46,32 +45,39 @@ def pdm_patches(*,
     for P, cost in costs(size, patches, batch, repeats, device).items():
         rows[P] |= cost
     for P in patches if not speed else ():
-        run = out / f"{Path(data).stem}-{size}-P{P}"
-        if not (run / "ckpt.pt").exists():
-            train.main([*f"--method pdm --patch {P} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
-                       + (["--device", device] if device else []))
-        method, checkpoint = load(run / "ckpt.pt", device=device)
-        if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
-            raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
-        where = next(method.parameters()).device
-        (x, _), held = hold_out(*load_like(checkpoint, data), 0)
-        for row in errors(denoiser(method), (x[:5000], None), (pixels.to_float(held[0]), None), 64, 0, where, out / f"{run.name}-error.csv"):
-            rows[P][f"rmse_{row['sigma']:g}"] = round(row["held_out"], 5)
-        samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], [(0, i) for i in range(n)], 64, None, where)
-        pixels.save_grid(samples[:64], out / f"{run.name}.png")
-        if features:
-            network = Features(features, checkpoint["shape"], where)
-            rows[P]["frechet"] = round(frechet_distance(*moments(network(pixels.to_uint8(samples), 64)), *network.statistics(x, data, 256)), 2)
+        rows[P] |= trained(out / f"{Path(data).stem}-{size}-P{P}", f"--patch {P}", data, size, steps, n, chain, features, device)
     out.mkdir(parents=True, exist_ok=True)
     name = out / f"pdm_patches-{Path(data).stem}-{size}{'-speed' if speed else ''}.csv"
-    with open(name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[patches[0]])
-        writer.writeheader()
-        writer.writerows(rows.values())
-    print(*rows[patches[0]], sep=" | ")
-    for row in rows.values():
+    write(name, list(rows.values()), f"features: {features}, {n} samples in {chain} steps")
+
+
+def trained(run, flags, data, size, steps, n, chain, features, device):
+    """Train a PDM with these flags in folder `run`, or take the one that is there: its errors by noise level and Frechet distance."""
+    if not (run / "ckpt.pt").exists():
+        train.main([*f"--method pdm {flags} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
+                   + (["--device", device] if device else []))
+    method, checkpoint = load(run / "ckpt.pt", device=device)
+    if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
+        raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
+    where = next(method.parameters()).device
+    (x, _), held = hold_out(*load_like(checkpoint, data), 0)
+    levels = errors(denoiser(method), (x[:5000], None), (pixels.to_float(held[0]), None), 64, 0, where, run.with_name(f"{run.name}-error.csv"))
+    row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
+    samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], [(0, i) for i in range(n)], 64, None, where)
+    pixels.save_grid(samples[:64], run.with_name(f"{run.name}.png"))
+    if features:
+        network = Features(features, checkpoint["shape"], where)
+        row["frechet"] = round(frechet_distance(*moments(network(pixels.to_uint8(samples), 64)), *network.statistics(x, data, 256)), 2)
+    return row
+
+
+def write(name, rows, note):
+    """Write a list of dicts as a .csv and print it."""
+    table(name, rows)
+    print(*rows[0], sep=" | ")
+    for row in rows:
         print(*row.values(), sep=" | ")
-    print(f"wrote {name}; features: {features}, {n} samples in {chain} steps")
+    print(f"wrote {name}; {note}")
 
 
 def network(P, size, device):
