@@ -24,7 +24,7 @@ import data as pixels
 from edm import denoiser
 from pdm import posterior_mean
 from sample import Cost, chain, draw, guide, in_batches, parse
-from train import command, hold_out, load, seeded_noise
+from train import command, hold_out, load, ranks, seeded_noise
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
@@ -104,7 +104,8 @@ def evaluate(path, options, *,
     before = json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else {}
     if all(before.get(key) == report[key] for key in ("checkpoint", "method", "step", "weights")):
         report = before | report
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    if ranks()[0] == 0:
+        (out / "report.json").write_text(json.dumps(report, indent=1))
     print(f"wrote {out / 'report.json'}" + " and terms.csv" * nll + " and error.csv" * error + " and nearest.png" * nearest)
     return report
 
@@ -125,8 +126,8 @@ def load_like(checkpoint, source):
 
 
 def table(path, rows):
-    """Write a list of dicts as a .csv."""
-    with open(path, "w", newline="") as file:
+    """Write a list of dicts as a .csv; of several processes only the first does."""
+    with open(path if ranks()[0] == 0 else os.devnull, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -144,12 +145,13 @@ def likelihood(method, x, y, steps, batch, seed, device, path):
             bar.update()
 
     def some(which):
-        return method.bits_per_dim(x[which].to(device), None if y is None else y[which].to(device), steps=steps,
-                                   randn_like=seeded_noise([(seed, i) for i in which]), progress=ticking)
-    parts = in_batches(some, len(x), batch, bar)
+        found = method.bits_per_dim(x[which].to(device), None if y is None else y[which].to(device), steps=steps,
+                                    randn_like=seeded_noise([(seed, i) for i in which]), progress=ticking)
+        return torch.cat([found["total"][:, None], found["prior"][:, None], found["terms"], found["mse"]], dim=1).cpu().double()
+    found = in_batches(some, len(x), batch, bar)                                          # (n, 2 + 2 steps)
     bar.close()
-    total, prior, terms, mse = (torch.cat([part[key].cpu().double() for part in parts]) for key in ("total", "prior", "terms", "mse"))
-    prior, terms = prior.mean(), terms.mean(0)                                            # (steps,)
+    total, prior, (terms, mse) = found[:, 0], found[:, 1].mean(), found[:, 2:].chunk(2, dim=1)
+    terms = terms.mean(0)                                                                 # (steps,)
     rate = prior + terms.sum() - terms.cumsum(0)                                          # DDPM Algorithm 4: bits received when x_t is known
     distortion = 127.5 * mse.mean(0).sqrt()
     table(path, [dict(t=t, bits_per_dim=f"{a:.6g}", rate=f"{b:.6g}", distortion=f"{c:.6g}") for t, a, b, c in zip(tau, terms, rate, distortion)])
@@ -179,6 +181,7 @@ def errors(D, trained, held, batch, seed, device, path):
     some = torch.linspace(0, len(data) - 1, min(len(held[0]), len(data))).long()
     sets = dict(held_out=held, trained_on=(data[some], None if trained[1] is None else trained[1][some]))
     rows = []
+    bar = tqdm(disable=True)
     print("sigma  held-out  trained on  floor (RMSE in [-1, 1])")
     for level in LEVELS:
         if not D.sigma_min <= level <= D.sigma_max:
@@ -186,17 +189,18 @@ def errors(D, trained, held, batch, seed, device, path):
         sigma, row = float(D.round_sigma(level)), dict(sigma=level, level_used=float(D.round_sigma(level)))
         alpha_bar = 1 / (1 + sigma ** 2)
         for name, (x, y) in sets.items():
-            squares = dict.fromkeys((name, "floor"), 0.0)
-            for i in torch.arange(len(x)).split(batch):
-                noisy = x[i] + sigma * seeded_noise([(seed, k) for k in i.tolist()])(x[i])
-                denoised = D(noisy.to(device), sigma, None if y is None else y[i].to(device)).float().cpu()
-                squares[name] += (denoised - x[i]).square().sum().item()
+            def some(i):
+                noisy = x[i] + sigma * seeded_noise([(seed, k) for k in i])(x[i])
+                found = [D(noisy.to(device), sigma, None if y is None else y[i].to(device)).float().cpu()]
                 if name == "trained_on":
+                    optimal = torch.empty_like(noisy)
                     for k in range(1) if y is None else y[i].unique():
                         mine, same = (slice(None), slice(None)) if y is None else (y[i] == k, trained[1][:len(data)] == k)
-                        optimal = posterior_mean(alpha_bar ** 0.5 * noisy[mine], alpha_bar, data[same])
-                        squares["floor"] += (optimal - x[i][mine]).square().sum().item()
-            row |= {key: (value / x.numel()) ** 0.5 for key, value in squares.items() if value or key == name or name == "trained_on"}
+                        optimal[mine] = posterior_mean(alpha_bar ** 0.5 * noisy[mine], alpha_bar, data[same])
+                    found.append(optimal)
+                return torch.stack([(a - x[i]).double().square().flatten(1).mean(1) for a in found], dim=1)   # (len(i), 1 or 2)
+            squares = in_batches(some, len(x), batch, bar)
+            row |= dict(zip((name, "floor"), squares.mean(0).sqrt().tolist()))
         rows.append(row)
         print("{sigma:<6g} {held_out:8.4f}  {trained_on:10.4f}  {floor:5.4f}".format(**row), flush=True)
     table(path, rows)
@@ -235,10 +239,14 @@ class Features:
     @torch.no_grad()
     def __call__(self, images, batch):
         """(N, D) float64, on the CPU, of uint8 images (N, C, H, W)."""
-        parts = [self.net(x.to(self.device).expand(-1, self.colour, -1, -1), **self.options) for x in tqdm(images.split(batch), "features", leave=False, disable=len(images) <= batch)]
-        if not all(torch.is_tensor(part) for part in parts):
-            raise ValueError("it gives no tensor")
-        return torch.cat(parts).cpu().double()
+        def some(which):
+            vectors = self.net(images[which].to(self.device).expand(-1, self.colour, -1, -1), **self.options)
+            bar.update()
+            if not torch.is_tensor(vectors):
+                raise ValueError("it gives no tensor")
+            return vectors.cpu().double()
+        with tqdm(desc="features", leave=False, disable=len(images) <= batch) as bar:
+            return in_batches(some, len(images), batch, bar)
 
     def statistics(self, images, source, batch):
         """Mean (D,) and covariance (D, D) of the data's features, kept in a file beside the data."""
@@ -250,7 +258,7 @@ class Features:
                 return torch.from_numpy(file["mean"]), torch.from_numpy(file["covariance"])
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             mean, covariance = moments(self(images, batch))
-        if path.exists():
+        if path.exists() and ranks()[0] == 0:
             try:
                 np.savez(kept.with_suffix(".tmp.npz"), mean=mean.numpy(), covariance=covariance.numpy())
                 os.replace(kept.with_suffix(".tmp.npz"), kept)
@@ -294,7 +302,8 @@ def nearest_report(samples, data, held, kind, path):
     """
     (distance, index), (usual, _) = closest(samples, data), closest(held, data)
     rows = torch.cat([samples[:16, None], pixels.to_float(data[index[:16, :3]].flatten(0, 1)).unflatten(0, (-1, min(3, len(data))))], dim=1)
-    pixels.save_grid(rows.flatten(0, 1), path, columns=2 * rows.shape[1])                  # (16, 4, C, H, W)
+    if ranks()[0] == 0:
+        pixels.save_grid(rows.flatten(0, 1), path, columns=2 * rows.shape[1])              # (16, 4, C, H, W)
     result = dict(samples=distance[:, 0].median().item(), held_out=usual[:, 0].median().item(),
                   copies=(distance[:, 0] < distance.mean(1) / 3).double().mean().item())
     print("median distance to the nearest training image (RMSE, 0 to 255): samples {samples:.1f}, {kind} {held_out:.1f}; "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import data as pixels
 from edm import denoiser, ode_sample
 from patch_diffusion import PatchDiffusion, coordinates
-from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, read, seeded_noise
+from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, ranks, read, seeded_noise
 from unet import Guided, UNet
 
 SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
@@ -76,17 +76,21 @@ def sample(path, options, *,
     for row in rows:
         ready(row)
     (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
-    drawn = []
+    drawn, first = [], ranks()[0] == 0
     for row in rows:
         method, labels, shape, run = ready(row)
         with Cost(method, len(keys)) as cost:
             if gif or strip:
-                write_chain(record(run, shape, keys, labels, next(method.parameters()).device), out, gif)
+                frames = record(run, shape, keys, labels, next(method.parameters()).device)
+                if first:
+                    write_chain(frames, out, gif)
                 continue
             drawn.append(draw(run, shape, keys, batch, labels, next(method.parameters()).device))
         cost.says(f"images {row[0]}" if len(rows) > 1 else "images", drawn[-1])
     if gif or strip:
         cost.says("images")
+    elif not first:
+        return
     elif is_folder:
         for (label, *_), images in zip(rows, drawn):
             inside = out / re.sub(r"[^\w.-]+", "_", label) if len(rows) > 1 else out
@@ -127,6 +131,10 @@ class Cost:
 
     def __exit__(self, *_):
         self.seconds = time.time() - self.start
+        if ranks()[1] > 1:
+            seen = torch.tensor(self.seen)
+            torch.distributed.all_reduce(seen)
+            self.seen = seen.item()
         for hook in self.hooks:
             hook.remove()
 
@@ -200,7 +208,7 @@ def draw(run, shape, keys, batch, labels, device):
         return x.float().cpu()
 
     with tqdm(unit=" steps") as bar:
-        return torch.cat(in_batches(some, len(keys), batch, bar))
+        return in_batches(some, len(keys), batch, bar)
 
 
 def record(run, shape, keys, labels, device, most=60):
@@ -230,19 +238,29 @@ def write_chain(frames, out, gif):
 
 
 def in_batches(function, n, batch, bar):
-    """[function(indices), ...] over 0..n-1, `batch` at a time, or fewer where the GPU's memory is short."""
-    parts, start = [], 0
-    while start < n:
+    """(n, ...) on the CPU, of function(indices) over 0..n-1, `batch` at a time, or fewer where the GPU's memory is short.
+
+    Where torchrun started several processes, each does its share, and all get the whole.
+    """
+    rank, world = ranks()
+    share, parts, start = -(-n // world), [], 0
+    mine = [min(k, n - 1) for k in range(rank * share, (rank + 1) * share)]
+    while start < share:
         try:
-            parts.append(function(list(range(start, min(n, start + batch)))))
+            parts.append(function(mine[start:start + batch]))
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise ValueError("not even one image fits in the GPU's memory: try --device cpu")
             batch //= 2
             continue
-        start = min(n, start + batch)
-        bar.set_postfix_str(f"{start} of {n} images")
-    return parts
+        start = min(share, start + batch)
+        bar.set_postfix_str(f"{start} of {share} images")
+    own = torch.cat(parts).cpu()
+    if world == 1:
+        return own
+    everyone = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(everyone, own)
+    return torch.cat(everyone)[:n]
 
 
 def choose_labels(n, class_, names):

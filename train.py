@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import difflib
 import inspect
 import math
@@ -18,10 +19,12 @@ import sys
 import time
 import types
 import typing
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data as pixels
@@ -39,8 +42,9 @@ FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000,
 DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2300, P_mean=0.0),
             "patch_diffusion": FULL_GRID | dict(steps=2600)}
 
-FREE = {"steps", "every", "grid", "out", "resume", "device"}  # what --resume may change
-RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
+VERSION = 1  # of the checkpoint's layout
+FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep"}  # what --resume may change; data may move, not change
+RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), keep=(0, 1e6), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
               lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
               width=(2, 1e5), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
               sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1), p_full=(0, 1))
@@ -66,6 +70,7 @@ def train(config, state=None, *,
           drop_label: float = 0.1,     # share of labels hidden, so that guidance knows the unconditional model
           overfit: int = 0,            # train on so many images only: a self-check, they must come back
           every: int = 1000,           # steps between samples, checkpoints and held-out errors
+          keep: int = 0,               # older checkpoints that stay, as ckpt-001000.pt
           grid: int = 64,              # images in each grid of samples
           seed: int = 0,               # seed of the weights, the data order and the noise
           precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # bf16: autocast; auto: where the hardware has it
@@ -78,8 +83,9 @@ def train(config, state=None, *,
         for value in np.atleast_1d(config.get(name, low)):
             if not low <= value <= high:
                 raise ValueError(f"--{name} must lie between {low:g} and {high:g}, got {value}")
-    if batch % accumulate:
-        raise ValueError(f"--accumulate {accumulate} must divide --batch {batch}")
+    rank, world = ranks()
+    if batch % (accumulate * world):
+        raise ValueError(f"--accumulate {accumulate}" + f" times {world} processes" * (world > 1) + f" must divide --batch {batch}")
     if flip and data == "digits":
         raise ValueError("--flip would teach mirrored digits; leave it out")
     device = pick_device(device)
@@ -91,6 +97,8 @@ def train(config, state=None, *,
         raise ValueError(f"{run} holds no optimizer, so it cannot go on: joined parts are for sampling")
     if resume and state["step"] >= steps:
         raise ValueError(f"{run} is at step {state['step']} already: give a larger --steps")
+    if resume and config.get("sizes") == "progressive" and state["config"]["steps"] != steps:
+        raise ValueError(f"progressive patch sizes follow --steps, {state['config']['steps']} in {run}; a resumed run cannot change it to {steps}")
 
     images, labels, names = pixels.load(data, size or None, channels)
     if conditional and labels is None:
@@ -99,6 +107,9 @@ def train(config, state=None, *,
     some = pixels.to_float(images[:: len(images) // 1000 + 1])
     print(f"{data}: {len(images):,} images, {'x'.join(map(str, shape))}, "
           f"{'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} in [-1, 1]")
+    fingerprint = zlib.crc32(images.numpy())
+    if resume and state.get("fingerprint", fingerprint) != fingerprint:
+        raise ValueError(f"{data} does not hold the images that {run} was trained on")
     labels = labels if conditional else None
     latents = images.is_floating_point()
     if latents and "quarter" in config:
@@ -110,12 +121,14 @@ def train(config, state=None, *,
     labels, held_y = (None, None) if labels is None else (labels.to(device), held_y.to(device))
 
     torch.manual_seed(seed)
-    saved = dict(method=config["method"], config={k: v for k, v in config.items() if k not in ("out", "resume", "device")}, shape=shape, classes=names, latents=latents)
+    saved = dict(version=VERSION, method=config["method"], config={k: v for k, v in config.items() if k not in ("out", "resume", "device")},
+                 shape=shape, classes=names, latents=latents, fingerprint=fingerprint)
     method = to_device(build(saved), device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     weights = list(method.parameters())
     optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
     step, seen, seconds, R = 0, 0, 0.0, min(shape[1:])
+    losses, norms, levels, largest = [], [], [], []              # since the last line of the log; the others since the last look at them
     sizes = dict.fromkeys(patch_sizes(R, method.p_full, method.quarter), 0) if isinstance(method, PatchDiffusion) else {}  # {crop size: steps}
     if resume:
         method.load_state_dict(state["model"])
@@ -123,20 +136,25 @@ def train(config, state=None, *,
         optimizer.load_state_dict(state["optimizer"])
         step, seen, seconds = state["step"], state["images"], state["seconds"]
         sizes |= state.get("sizes", {})
-        set_rng_state(state["rng"])
-    make_folder(run, room=40 * sum(p.numel() for p in weights))
-    log = Log(run / "log.csv", step)
-    print(f"{config['method']}: {sum(p.numel() for p in weights):,} parameters, {device}, {precision}, to {run}/")
+        losses = list(torch.tensor(state.get("losses", [])).to(device))
+        set_rng_state(state["rng"], device)
+    method.net.register_forward_pre_hook(lambda net, x: levels.append(x[1]))
+    loss_of = method.loss if world == 1 else parallel(method, find_unused_parameters=bool(config.get("split_snr")))
+    method.net.register_forward_hook(lambda net, x, out: largest.append(out.detach().flatten(1).abs().amax(1)))
+    if rank == 0:
+        make_folder(run, room=40 * sum(p.numel() for p in weights))
+        log = Log(run / "log.csv", step)
+    print(f"{config['method']}: {sum(p.numel() for p in weights):,} parameters, {device}, {precision}, " + f"{world} processes, " * (world > 1) + f"to {run}/")
 
-    def keep():
+    def write_checkpoint():
         averaged.load_state_dict(method.state_dict() | dict(averaged.named_parameters()))   # buffers are copied, not averaged
         save(run / "ckpt.pt", dict(saved, model=method.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
-                                   step=step, images=seen, sizes=sizes, seconds=seconds + time.time() - start, rng=rng_state()))
+                                   step=step, images=seen, sizes=sizes, losses=[] if report else recent.tolist(), seconds=seconds + time.time() - start, rng=rng_state(device)), keep)
 
-    losses, start, bar = [], time.time(), tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
+    start, bar = time.time(), tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
     since, seen_before = start, seen
     with Stop() as stop:
-        while step < steps and not stop.asked:
+        while step < steps:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
             loss, n, crop = 0, batch, ()
@@ -144,34 +162,40 @@ def train(config, state=None, *,
                 size = method.draw_size(R, step / steps)
                 sizes[size] += 1
                 n, crop = batch * R // size, (size,)
-            for _ in range(accumulate):
-                i = torch.randint(len(images), (n // accumulate,))
+            for k in range(accumulate):
+                i = torch.randint(len(images), (n // accumulate,), device=images.device)
                 x, y = pixels.to_float(images[i].to(device)), None if labels is None else labels[i]
                 if flip:
                     x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
                 if y is not None:
                     y = torch.where(torch.rand(len(y), device=device) < drop_label, -1, y)
-                with autocast(device, precision):
-                    part = method.loss(x, y, *crop) / accumulate
-                part.backward()
+                with autocast(device, precision), contextlib.nullcontext() if world == 1 or k == accumulate - 1 else loss_of.no_sync():
+                    part = loss_of(x, y, *crop) / accumulate
+                    (part * world).backward()                  # DistributedDataParallel takes the mean over processes; this makes it the sum
                 loss = loss + part.detach()
-            torch.nn.utils.clip_grad_norm_(weights, clip_grad)
+            norms.append(torch.nn.utils.clip_grad_norm_(weights, clip_grad))
             optimizer.step()
             optimizer.zero_grad()
             torch._foreach_lerp_(list(averaged.parameters()), [w.detach() for w in weights], 1 - min(ema, (batch + seen) / (10 * batch + seen)) ** (n / batch))
             step, seen = step + 1, seen + n
             losses.append(loss)
             bar.update()
-            report = step % every == 0 or step == steps
-            if report or stop.asked or len(losses) % 20 == 0:
+            report, stopped = step % every == 0 or step == steps, stop.agreed()
+            if report or stopped or len(losses) % 20 == 0:
                 recent = torch.stack(losses).cpu()
-                if not recent.isfinite().all():
-                    first = step - len(losses) + 1 + int(recent.isfinite().logical_not().nonzero()[0])
-                    raise ValueError(f"the loss is not finite at step {first}; the last good checkpoint stays. Try a lower --lr, or --precision fp32")
+                finite = (recent[-len(norms):] * torch.stack(norms).cpu()).isfinite()
+                if not finite.all():
+                    k = int(finite.logical_not().nonzero()[0])
+                    calls = slice(k * accumulate, (k + 1) * accumulate)
+                    where = noise_level(method, torch.cat(levels[calls])[torch.cat(largest[calls]).nan_to_num(torch.inf).argmax()])
+                    raise ValueError(f"the loss or its gradient is not finite at step {step - len(norms) + 1 + k}, near {where}; "
+                                     "the last good checkpoint stays. Try a lower --lr, or --precision fp32")
+                for fresh in (norms, levels, largest):
+                    fresh.clear()
                 bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{(seen - seen_before) / (time.time() - since):.0f}", refresh=False)
-            if report or stop.asked:
-                keep()
-            if report:
+            if rank == 0 and (report or stopped):
+                write_checkpoint()
+            if rank == 0 and report:
                 rate = (seen - seen_before) / (time.time() - since)
                 with autocast(device, precision):
                     errors = held_out_error(averaged, held, held_y)
@@ -180,7 +204,10 @@ def train(config, state=None, *,
                 log.write(dict(step=step, images=seen, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
                                images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}",
                                **{f"share_{size}": f"{count / step:.4f}" for size, count in sizes.items()}))
+            if report:
                 losses, since, seen_before = [], time.time(), seen
+            if stopped:
+                break
     bar.close()
     if step < steps:
         print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
@@ -189,17 +216,24 @@ def train(config, state=None, *,
 
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM only ask, so that the step is finished and saved; the second one interrupts."""
+    """While it is open, Ctrl-C and SIGTERM only ask, so that the step is finished and saved; another one, two seconds later, interrupts."""
 
     def __enter__(self):
-        self.asked = False
+        self.asked = None
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.time() > self.asked + 2:    # torchrun passes on a Ctrl-C that its processes have had already
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.time()
+
+    def agreed(self):
+        """Whether this process was asked, or any of those that train with it."""
+        asked = torch.tensor(float(self.asked is not None))
+        if ranks()[1] > 1:
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return bool(asked)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -226,14 +260,82 @@ def make_folder(run, room):
     (run / "samples").mkdir(parents=True, exist_ok=True)
 
 
-def rng_state():
-    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+def rng_state(device):
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [torch.mps.get_rng_state()] if device.type == "mps" else [])
 
 
-def set_rng_state(states):
+def set_rng_state(states, device):
     torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])
+    if device.type != "cpu" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device) if device.type == "cuda" else torch.mps.set_rng_state(states[1])
+
+
+def noise_level(method, c_noise):
+    """The step t, or the sigma, that the network knows by this c_noise, as text."""
+    if hasattr(method, "T"):
+        return f"t = {c_noise.item():.0f}"
+    sigma = torch.logspace(-3, 3, 1000, dtype=torch.float64).view(-1, 1, 1, 1)
+    return f"sigma = {sigma[(method.coefficients(sigma)[3].cpu() - c_noise.item()).abs().argmin()].item():.2g}"
+
+
+# Several processes, one run (torchrun)
+
+@contextlib.contextmanager
+def together():
+    """Join the processes that torchrun started, where it did; all but the first fall silent."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=1))
+    if ranks()[0] > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def ranks():
+    """(number of this process, how many there are); (0, 1) where torchrun started none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class Loss(nn.Module):
+    """method.loss as a forward pass, as DistributedDataParallel wants it."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, *arguments):
+        return self.method.loss(*arguments)
+
+
+def parallel(method, **options):
+    """method.loss, with the network's work shared among the processes.
+
+    Each runs the network on its rows of the batch alone and is told what it gave for the others. So all draw the same numbers and know the loss of
+    the whole batch, whatever a method computes from it, and any number of processes trains the same model; only gradients differ, and are summed.
+    """
+    (rank, world), before = ranks(), []
+
+    def mine(x):
+        return tuple(map(mine, x)) if isinstance(x, tuple) else None if x is None else x.chunk(world)[rank]
+
+    def own_rows(net, arguments):
+        device = arguments[0].device
+        before.append(rng_state(device))
+        torch.manual_seed(int(torch.randint(2 ** 62, ())) + rank)             # for dropout, which must differ
+        return mine(arguments)
+
+    def all_rows(net, arguments, own):
+        set_rng_state(before.pop(), own.device)
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(world)]
+        torch.distributed.all_gather(parts, own.detach().contiguous())
+        return torch.cat([*parts[:rank], own, *parts[rank + 1:]])
+    method.net.register_forward_pre_hook(own_rows)
+    method.net.register_forward_hook(all_rows)
+    return nn.parallel.DistributedDataParallel(Loss(method), **options)
 
 
 def autocast(device, precision):
@@ -275,8 +377,12 @@ def pick_device(name=None):
     """torch.device: the one named, or the first of cuda, mps and cpu that is there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and ranks()[1] > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"no device {name} here: {str(error).splitlines()[0]}")
@@ -292,14 +398,22 @@ def precision_on(device, precision):
     return "bf16" if native else "fp32"
 
 
-def save(path, checkpoint):
-    """Write a dict of plain types and tensors: all of it, or nothing."""
+def save(path, checkpoint, keep=0):
+    """Write a dict of plain types and tensors: all of it, or nothing. `keep` older ones stay beside it, as ckpt-001000.pt by their step."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                      # torch makes a full disk a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}, the one before it stays: {str(error).splitlines()[0]}")
+    if keep and path.exists():
+        shutil.copy2(path, path.with_name(f"{path.stem}-{read(path)['step']:06d}{path.suffix}"))
+        for old in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))[:-keep]:
+            old.unlink()
     os.replace(temporary, path)
 
 
@@ -327,24 +441,22 @@ def read(path):
 
 
 class Log:
-    """log.csv, a line at a time; on resuming, the lines after `step` go."""
+    """log.csv, written whole for each new line; on resuming, the lines after `step` go."""
 
     def __init__(self, path, step):
-        self.path = path
+        self.path, self.rows = path, []
         if path.exists():
             with open(path) as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            path.unlink()
-            for row in rows:
-                self.write(row)
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
 
     def write(self, row):
-        new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
+        self.rows.append(row)
+        temporary = self.path.with_name("log.csv.tmp")
+        with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(temporary, self.path)
 
 
 @torch.no_grad()
@@ -436,7 +548,11 @@ class Parser(argparse.ArgumentParser):
 def command(main):
     """Run main, with a user's mistakes as one line and exit code 2."""
     try:
-        main(sys.argv[1:])
+        with together():
+            main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except torch.cuda.OutOfMemoryError:
         sys.exit(fail("the GPU's memory is too small for this: lower --batch, or raise --accumulate"))
     except (ValueError, OSError) as error:
