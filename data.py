@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+LARGEST = 300_000_000  # bytes of one unpacked image file; Pillow's own limit, 89 million pixels, is as large
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -109,7 +110,12 @@ def from_zip(path, size, channels):
     for name in names:
         if ".." in re.split(r"[/\\]", name) or re.match(r"[/\\]|[A-Za-z]:", name):
             raise ValueError(f"{path} holds a name that points outside it: {name}")
-    return from_files(path, [PurePosixPath(name) for name in names], lambda p: archive.read(str(p)), size, channels)
+
+    def read(p):
+        if archive.getinfo(str(p)).file_size > LARGEST:
+            raise ValueError(f"it unpacks to {archive.getinfo(str(p)).file_size / 1e6:,.0f} MB; no image may be over {LARGEST / 1e6:.0f} MB")
+        return archive.read(str(p))
+    return from_files(path, [PurePosixPath(name) for name in names], read, size, channels)
 
 
 def from_files(source, paths, read, size, channels):
@@ -165,14 +171,22 @@ def fit(image, size):
     return image if size is None or size[::-1] == image.size else ImageOps.fit(image, size[::-1], Image.LANCZOS)
 
 
-def refuse_what_does_not_fit(source, count, numbers):
+def memory():
     try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):                             # Windows
-        memory = 8e9
-    if count * numbers > memory / 3:
+        return 8e9
+
+
+def refuse_what_does_not_fit(source, count, numbers):
+    if count * numbers > memory() / 3:
         raise ValueError(f"{source}: {count:,} images need {count * numbers / 1e9:.1f} GB, more than a third of this machine's "
-                         f"{memory / 1e9:.1f} GB: choose a smaller --size")
+                         f"{memory() / 1e9:.1f} GB: choose a smaller --size")
+
+
+def refuse_what_unpacks_to(source, size):
+    if size > memory() / 3:
+        raise ValueError(f"{source} unpacks to {size / 1e9:.1f} GB or more, over a third of this machine's {memory() / 1e9:.1f} GB")
 
 
 def to_nchw(images):
@@ -184,10 +198,12 @@ def to_nchw(images):
 def from_arrays(path, size, channels):
     """.npy: uint8 (N,C,H,W), (N,H,W,C) or (N,H,W), or float latents (N,C,H,W). .npz: the same, and integer labels (N,)."""
     try:
+        if zipfile.is_zipfile(path):
+            refuse_what_unpacks_to(path, sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path}: {error}")
     images = next((a for a in arrays if a.ndim >= 3), None)
     if images is None or images.ndim > 4 or not (images.dtype == np.uint8 or images.dtype.kind == "f") or not images.size:
@@ -227,7 +243,9 @@ def from_idx(path, size, channels):
     """MNIST's files: ...images-idx3-ubyte, .gz or not, with ...labels-idx1-ubyte beside it. 28x28 is padded to 32x32."""
     def read(path, dimensions):
         try:
-            raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                raw = file.read(int(memory() / 3) + 1)
+            refuse_what_unpacks_to(path, len(raw))
         except (OSError, EOFError) as error:
             raise ValueError(f"cannot read {path}: {error}")
         shape = np.frombuffer(raw, ">u4", count=dimensions, offset=4).tolist() if len(raw) >= 4 + 4 * dimensions else []
@@ -252,6 +270,7 @@ def from_cifar(paths, size, channels):
         try:
             with tarfile.open(paths[0]) as archive:
                 members = {PurePosixPath(m.name).name: m for m in archive.getmembers() if m.isfile()}
+                refuse_what_unpacks_to(paths[0], sum(m.size for m in members.values()))
                 batches = [archive.extractfile(members[n]).read() for n in sorted(members) if re.fullmatch(r"data_batch_\d\.bin", n)]
                 if "batches.meta.txt" in members:
                     names = archive.extractfile(members["batches.meta.txt"]).read().decode().split()

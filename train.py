@@ -46,7 +46,7 @@ VERSION = 1  # of the checkpoint's layout
 FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep"}  # what --resume may change; data may move, not change
 RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), keep=(0, 1e6), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
               lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
-              width=(2, 1e5), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
+              width=(2, 1e5), mults=(1 / 64, 64), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
               sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1), p_full=(0, 1))
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma of the held-out error
 
@@ -79,10 +79,7 @@ def train(config, state=None, *,
 
     Everything that can be wrong is checked before the folder is made. Raises ValueError with one line that says what.
     """
-    for name, (low, high) in RANGES.items():
-        for value in np.atleast_1d(config.get(name, low)):
-            if not low <= value <= high:
-                raise ValueError(f"--{name} must lie between {low:g} and {high:g}, got {value}")
+    check_ranges(config)
     rank, world = ranks()
     if batch % (accumulate * world):
         raise ValueError(f"--accumulate {accumulate}" + f" times {world} processes" * (world > 1) + f" must divide --batch {batch}")
@@ -151,9 +148,9 @@ def train(config, state=None, *,
         save(run / "ckpt.pt", dict(saved, model=method.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
                                    step=step, images=seen, sizes=sizes, losses=[] if report else recent.tolist(), seconds=seconds + time.time() - start, rng=rng_state(device)), keep)
 
-    start, bar = time.time(), tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
-    since, seen_before = start, seen
-    with Stop() as stop:
+    start = since = time.time()
+    seen_before = seen
+    with Stop() as stop, tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5) as bar:
         while step < steps:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
@@ -208,11 +205,17 @@ def train(config, state=None, *,
                 losses, since, seen_before = [], time.time(), seen
             if stopped:
                 break
-    bar.close()
     if step < steps:
         print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
         sys.exit(130)
     print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'} and {run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}")
+
+
+def check_ranges(config):
+    for name, (low, high) in RANGES.items():
+        for value in np.atleast_1d(config.get(name, low)):
+            if not low <= value <= high:
+                raise ValueError(f"--{name} must lie between {low:g} and {high:g}, got {value}")
 
 
 class Stop:
@@ -342,15 +345,16 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def build(checkpoint):
-    """The untrained method that a checkpoint-style dict(method, config, shape, classes) describes."""
+def build(checkpoint, device="cpu"):
+    """The untrained method that a checkpoint-style dict(method, config, shape, classes) describes; its network on "meta" takes no memory."""
     cls, shape = METHODS[checkpoint["method"]], checkpoint["shape"]
     unet, arguments = ({name: checkpoint["config"].get(name, p.default) for name, (p, _) in flags_of(f).items()} for f in (UNet, cls))
     crops = (4 if arguments["quarter"] else 2) if arguments.get("p_full", 1) < 1 else 1
     check_size(shape[1:], math.lcm(*np.atleast_1d(arguments.get("patch", 1)).tolist()), unet["mults"], unet["attention"], crops)
 
     def make_net(in_channels, out_channels):
-        return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))
+        with torch.device(device):
+            return UNet(in_channels, out_channels, **unet, classes=len(checkpoint["classes"]))
     return cls(make_net, shape[0], **arguments)
 
 
@@ -421,9 +425,13 @@ def load(path, *, ema=True, device=None):
     """(method in eval mode, with the averaged weights or the raw ones; checkpoint dict) from a path that `save` wrote."""
     device, checkpoint = pick_device(device), read(path)
     try:
+        check_ranges(checkpoint["config"])
+        weights = checkpoint["ema" if ema else "model"]
+        if any(w.shape != weights[name].shape for name, w in build(checkpoint, "meta").state_dict().items()):    # before memory is asked for
+            raise KeyError("its weights are not those of its flags")
         method = build(checkpoint)
-        method.load_state_dict(checkpoint["ema" if ema else "model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        method.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit this version: {str(error).splitlines()[0]}")
     return to_device(method, device).eval().requires_grad_(False), checkpoint
 
@@ -435,8 +443,10 @@ def read(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path} is not a checkpoint of this project: {str(error).splitlines()[0]}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("method") not in METHODS:
+    if not isinstance(checkpoint, dict) or checkpoint.get("method") not in METHODS or len(checkpoint.get("shape", ())) != 3:
         raise ValueError(f"{path} is not a checkpoint of this project")
+    if checkpoint.get("version", VERSION) != VERSION:
+        raise ValueError(f"{path} has layout {checkpoint['version']}, this version reads {VERSION}")
     return checkpoint
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 from data import digits, load, save_grid, to_float, to_uint8
 
 
@@ -195,6 +196,9 @@ def bad(tmp_path, kind):
     if kind == "array that is no image":
         np.save(tmp_path / "a.npy", np.zeros((4, 4)))
         return tmp_path / "a.npy"
+    if kind == "giant image":
+        Image.new("1", (20_000, 9_000)).save(tmp_path / "giant.png")
+        return tmp_path
     if kind == "unknown file":
         (tmp_path / "a.docx").write_text("")
         return tmp_path / "a.docx"
@@ -204,7 +208,7 @@ def bad(tmp_path, kind):
 @pytest.mark.parametrize("kind, word", [
     ("missing", "nothing-here"), ("empty folder", ".txt"), ("cut-off PNG", "short.png"), ("broken zip", "set.zip"),
     ("zip that escapes", "../evil.png"), ("sizes that differ", "--size"), ("object array", "a.npy"), ("pickles of CIFAR", "binary"),
-    ("cut-off idx", "idx"), ("array that is no image", "a.npy"), ("unknown file", "a.docx")])
+    ("cut-off idx", "idx"), ("array that is no image", "a.npy"), ("unknown file", "a.docx"), ("giant image", "giant.png")])
 def test_bad_data_is_refused_by_name(tmp_path, kind, word):
     with pytest.raises(ValueError) as error:
         load(bad(tmp_path, kind))
@@ -247,3 +251,28 @@ def test_a_grid_holds_every_image_in_reading_order(tmp_path):
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     h, w = grid.shape[0] // 2, grid.shape[1] // 3
     assert [grid[h // 2 + h * (k // 3), w // 2 + w * (k % 3), 0] for k in range(6)] == [0, 20, 40, 60, 80, 100]
+
+
+def test_what_unpacks_to_more_than_the_machine_can_hold_is_refused_by_name(tmp_path, monkeypatch):
+    zeros = np.zeros((40, 3, 32, 32), np.uint8)
+    np.savez_compressed(tmp_path / "bomb.npz", zeros)
+    with gzip.open(tmp_path / "bomb-images-idx3-ubyte.gz", "wb") as file:
+        file.write(bytes([0, 0, 8, 3]) + np.array([40, 32, 32], ">u4").tobytes() + zeros[:, 0].tobytes())
+    with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as archive:
+        entry = tarfile.TarInfo("data_batch_1.bin")
+        entry.size = 3073 * 40
+        archive.addfile(entry, io.BytesIO(bytes(entry.size)))
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("big.png", bytes(100_000))
+    monkeypatch.setattr(data, "memory", lambda: 60_000)
+    monkeypatch.setattr(data, "LARGEST", 50_000)
+    for name in ("bomb.npz", "bomb-images-idx3-ubyte.gz", "bomb.tar.gz", "bomb.zip"):
+        with pytest.raises(ValueError, match="unpacks to"):
+            load(tmp_path / name)
+
+
+def test_an_array_that_claims_to_be_endless_is_refused(tmp_path):
+    with open(tmp_path / "endless.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(10 ** 9, 3, 1024, 1024)))
+    with pytest.raises(ValueError, match="endless.npy"):
+        load(tmp_path / "endless.npy")

@@ -2,6 +2,7 @@ import csv
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,10 @@ def test_a_method_can_be_built_from_a_plain_dict():
     assert method.predict(torch.zeros(1, 1, 8, 12), 5, torch.tensor([1])).shape == (1, 1, 8, 12)
 
 
+def log(path):
+    return list(csv.DictReader(open(path / "log.csv")))
+
+
 def weights(path, key="model"):
     return torch.load(path / "ckpt.pt", weights_only=True)[key]
 
@@ -135,6 +140,101 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"a": 1}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no limit on the size of a file, which stands for the full disk")
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before_it(do, tmp_path):
+    import resource
+    do(train, "--method pdm --steps 2")
+    before, limits = (tmp_path / "runs/pdm/ckpt.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        code, _, err = do(train, "--method pdm --steps 4 --resume", small=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error: cannot write") and "ckpt.pt" in err
+    assert (tmp_path / "runs/pdm/ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
+    assert do(train, "--method pdm --steps 4 --resume", small=False)[0] == 0
+
+
+def test_keep_leaves_so_many_older_checkpoints_beside_the_last(do, tmp_path):
+    do(train, "--method pdm --steps 9 --keep 2")
+    run = tmp_path / "runs/pdm"
+    assert sorted(p.name for p in run.glob("*.pt")) == ["ckpt-000006.pt", "ckpt-000008.pt", "ckpt.pt"]
+    assert [torch.load(run / name, weights_only=True)["step"] for name in ("ckpt-000006.pt", "ckpt-000008.pt", "ckpt.pt")] == [6, 8, 9]
+    assert do(sample, f"{run}/ckpt-000006.pt --n 1 --steps 2 --out one.png")[0] == 0
+
+
+def test_the_log_is_whole_when_a_run_dies_while_it_is_written(do, tmp_path, monkeypatch):
+    do(train, "--method pdm --steps 2")
+    before, replace = (tmp_path / "runs/pdm/log.csv").read_bytes(), os.replace
+    def dies(source, target):
+        if str(target).endswith("log.csv"):
+            raise SystemExit(9)
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        assert do(train, "--method pdm --steps 4 --resume", small=False)[0] == 9
+    assert (tmp_path / "runs/pdm/log.csv").read_bytes() == before and torch.load("runs/pdm/ckpt.pt", weights_only=True)["step"] == 4
+
+
+def test_a_run_goes_on_with_moved_images_and_not_with_others(do, tmp_path):
+    do(train, "--method pdm --steps 2")
+    shutil.move("set.npz", "moved.npz")
+    assert do(train, "--method pdm --steps 3 --resume --data moved.npz", small=False)[0] == 0
+    np.save("other.npy", np.zeros((60, 3, 16, 16), np.uint8))
+    code, _, err = do(train, "--method pdm --steps 4 --resume --data other.npy", small=False)
+    assert code == 2 and "other.npy does not hold the images" in err
+
+
+def test_a_progressive_run_keeps_the_number_of_steps_that_its_sizes_follow(do, tmp_path, monkeypatch):
+    loss, sizes = METHODS["patch_diffusion"].loss, []
+    def interrupted(self, x, y, size):
+        sizes.append(size)
+        if sizes == [4, 4, 8]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, x, y, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["patch_diffusion"], "loss", interrupted)
+        assert do(train, "--method patch_diffusion --sizes progressive --steps 8 --out parts")[0] == 130
+    code, _, err = do(train, "--method patch_diffusion --steps 10 --out parts --resume", small=False)
+    assert code == 2 and "--steps, 8" in err
+    assert do(train, "--method patch_diffusion --out parts --resume", small=False)[0] == 0
+    do(train, "--method patch_diffusion --sizes progressive --steps 8 --out whole")
+    a, b = (torch.load(f"{name}/ckpt.pt", weights_only=True) for name in ("parts", "whole"))
+    assert a["sizes"] == b["sizes"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too_and_the_noise_level_is_named(do, tmp_path, monkeypatch):
+    loss, calls = METHODS["pdm"].loss, []
+    def broken(self, *a):
+        calls.append(1)
+        w = next(self.net.parameters())
+        return loss(self, *a) + (0 if len(calls) < 3 else (w - w.detach()).square().sum().sqrt())      # 0, and no gradient there
+    monkeypatch.setattr(METHODS["pdm"], "loss", broken)
+    code, _, err = do(train, "--method pdm --steps 8")
+    assert code == 2 and re.search(r"not finite at step 3, near t = \d+;", err)
+    assert torch.load("runs/pdm/ckpt.pt", weights_only=True)["step"] == 2
+
+
+def test_the_named_noise_level_is_that_of_the_image_whose_output_broke(do, tmp_path, monkeypatch):
+    forward, seen = UNet.forward, []
+    def broken(self, x, c_noise, y=None):
+        out = forward(self, x, c_noise, y)
+        if self.training:
+            seen.append(c_noise[1].item())
+            out = out + torch.tensor([0, torch.inf, 0, 0]).view(4, 1, 1, 1).nan_to_num(posinf=0) if len(seen) < 2 else out * torch.tensor([1, torch.nan, 1, 1]).view(4, 1, 1, 1)
+        return out
+    monkeypatch.setattr(UNet, "forward", broken)
+    code, _, err = do(train, "--method ddpm --steps 2")
+    assert code == 2 and f"step 2, near t = {seen[1]:.0f};" in err
+
+
+@pytest.mark.parametrize("precond", ["edm", "vp", "ve", "iddpm"])
+def test_a_noise_level_is_named_in_terms_of_sigma_for_every_preconditioning(precond):
+    method = build(dict(method="edm", config=dict(width=8, mults=(1,), attention=(0,), precond=precond), shape=[1, 8, 8], classes=[]))
+    c_noise = method.coefficients(torch.tensor(0.5, dtype=torch.float64).view(1, 1, 1, 1))[3].flatten()[0]
+    assert float(train.noise_level(method, c_noise).removeprefix("sigma = ")) == pytest.approx(0.5, rel=0.02)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(do, tmp_path, monkeypatch):
     do(train, "--method pdm --steps 2")
     before = (tmp_path / "runs/pdm/ckpt.pt").read_bytes()
@@ -160,6 +260,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_where_and_resuming_is_exact(do,
     do(train, "--method pdm --steps 6 --out whole")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [row["loss"] for row in log(tmp_path / "whole")] == [row["loss"] for row in log(tmp_path / "parts")]
 
 
 @pytest.mark.parametrize("method, flags", [
@@ -254,9 +355,17 @@ def test_foreign_checkpoints_are_refused(do, tmp_path):
     torch.save({"model": 1}, tmp_path / "other.pt")
     torch.save(UNet(1, 1, width=8), tmp_path / "pickled.pt")
     torch.save({"method": "ddpm", "config": {}, "shape": [3, 8, 8], "classes": [], "ema": {}}, tmp_path / "hollow.pt")
-    for name in ("junk.pt", "other.pt", "pickled.pt", "hollow.pt", "missing.pt"):
-        code, _, err = do(sample, name)
-        assert code == 2 and name in err and len(err.strip().splitlines()) == 1
+    do(train, "--method ddpm --steps 1 --out own")
+    own = torch.load("own/ckpt.pt", weights_only=True)
+    torch.save(own | dict(config=own["config"] | dict(width=50_000)), tmp_path / "giant.pt")          # tens of GB, if it were built
+    torch.save(own | dict(config=own["config"] | dict(T=10 ** 12)), tmp_path / "endless.pt")
+    torch.save(own | dict(config=own["config"] | dict(mults="12")), tmp_path / "odd.pt")
+    torch.save(own | dict(shape=[3, 8]), tmp_path / "flat.pt")
+    torch.save(own | dict(version=2), tmp_path / "later.pt")
+    torch.save(own | dict(ema={k: 1 for k in own["ema"]}), tmp_path / "numbers.pt")
+    for name in ("junk", "other", "pickled", "hollow", "missing", "giant", "endless", "odd", "flat", "later", "numbers"):
+        code, _, err = do(sample, f"{name}.pt")
+        assert code == 2 and f"{name}.pt" in err and len(err.strip().splitlines()) == 1, err
 
 
 def test_the_command_itself_prints_one_line_and_exits_with_2(tmp_path):
