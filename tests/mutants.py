@@ -1,0 +1,196 @@
+"""Do the tests notice?   python tests/mutants.py
+
+Plants one bug at a time in the five paper files (a sign, an operator, a comparison, a constant, a dropped term, swapped arguments, a turned
+condition), runs that paper's tests until the first goes red, and lists the bugs that no test noticed. Those that change nothing
+stand in EQUIVALENT with the reason. Results are kept in mutants.jsonl and used again while the paper's file
+is the same (those that no test noticed only while the tests are the same too), so a run that was stopped goes on.
+
+    python tests/mutants.py pdm.py iddpm.py --sample 100 --list       # some files; at most so many of each, at random
+"""
+import argparse
+import ast
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+PAPERS = ("ddpm.py", "iddpm.py", "pdm.py", "edm.py", "patch_diffusion.py")
+SECONDS = 240  # a mutant that runs so long is noticed
+
+EQUIVALENT = {  # (file, its line, what stands there instead): why no test can tell
+}
+
+SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.MatMult: ast.Mult,
+        ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+        ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
+
+
+def variants(node):
+    """Mutated copies of one node of a syntax tree."""
+    def changed(**fields):
+        new = copy.copy(node)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        return new
+
+    if isinstance(node, ast.BinOp):
+        yield changed(op=SWAP[type(node.op)]())
+        if isinstance(node.op, (ast.Add, ast.Sub)):
+            yield node.left                                                    # a term dropped
+        if isinstance(node.op, (ast.Sub, ast.Div, ast.Pow)):
+            yield changed(left=node.right, right=node.left)
+    elif isinstance(node, ast.BoolOp):
+        yield changed(op=SWAP[type(node.op)]())
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+        yield node.operand
+    elif isinstance(node, ast.Compare):
+        yield changed(ops=[SWAP[type(node.ops[0])](), *node.ops[1:]])
+        if isinstance(node.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
+            yield ast.UnaryOp(ast.Not(), node)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield ast.Constant(node.value + 1)
+        yield ast.Constant(node.value - 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        yield ast.Constant(node.value * 1.5 if node.value else 0.1)
+    elif isinstance(node, ast.Call) and len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+        yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
+    elif isinstance(node, ast.IfExp):
+        yield changed(body=node.orelse, orelse=node.body)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args and not node.keywords and node.func.attr in ("sqrt", "square", "exp", "log", "mean", "detach"):
+        yield node.func.value                                                  # a function dropped
+
+
+def inside(tree):
+    """The nodes that compute: no docstrings, no annotations, no error messages."""
+    def walk(node):
+        if isinstance(node, (ast.Raise, ast.JoinedStr)):
+            return
+        yield node
+        for name, value in ast.iter_fields(node):
+            if name not in ("annotation", "returns", "decorator_list"):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST):
+                        yield from walk(child)
+    return walk(tree)
+
+
+def mutants(source):
+    """[(line number, line, what stands there instead, mutated source), ...]"""
+    lines, found = source.splitlines(keepends=True), []
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    raw = source.encode()
+    for node in inside(ast.parse(source)):
+        if not hasattr(node, "lineno"):
+            continue
+        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        for new in variants(node):
+            text = f"({ast.unparse(ast.fix_missing_locations(new))})"
+            mutated = (raw[:begin] + text.encode() + raw[end:]).decode()
+            try:
+                compile(mutated, "mutant", "exec")
+            except SyntaxError:
+                continue
+            found.append((node.lineno, lines[node.lineno - 1].split("  #")[0].strip(), f"{raw[begin:end].decode()} -> {text[1:-1]}", mutated))
+    return found
+
+
+class Red:
+    """A plugin that writes down which test failed."""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            Path("red").write_text(report.nodeid.split("::")[1].split("[")[0])
+
+
+def noticed_by(name, mutated):
+    """The first test of the paper that fails with this text in the place of its file; None where all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in HERE.glob("*.py"):
+            shutil.copy(path, folder)
+        os.symlink(HERE / "experiments", Path(folder) / "experiments")
+        shutil.copytree(HERE / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / name).write_text(mutated)
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+            os.chdir(folder)
+            os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/test_{name}"], plugins=[Red()])))
+        until = time.time() + SECONDS
+        while time.time() < until:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                red = Path(folder) / "red"
+                return None if os.waitstatus_to_exitcode(status) == 0 else red.read_text() if red.exists() else "it cannot be imported"
+            time.sleep(0.02)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return f"no end in {SECONDS} s"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=PAPERS, help="paper files; default all five")
+    parser.add_argument("--sample", type=int, default=10 ** 9, help="at most so many mutants of each file, at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="name the survivors that are known to be equivalent too")
+    parser.add_argument("--out", default=str(HERE / "mutants.jsonl"), help="results so far")
+    arguments = parser.parse_args()
+    jobs, out = [], Path(arguments.out)
+    for name in arguments.files:
+        source = (HERE / name).read_text()
+        version, tests = (hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (HERE / name, HERE / f"tests/test_{name}"))
+        some = mutants(source)
+        random.Random(arguments.seed).shuffle(some)
+        jobs += [dict(file=name, version=version, tests=tests, line=line, text=text, change=change, mutated=mutated) for line, text, change, mutated in some[:arguments.sample]]
+    key = lambda job: (job["file"], job["version"], job["line"], job["change"], hashlib.sha256(job["mutated"].encode()).hexdigest()[:12] if "mutated" in job else job["which"])
+    known = {key(result): result for result in map(json.loads, out.read_text().splitlines() if out.exists() else [])}
+    left = [job for job in jobs if key(job) not in known or known[key(job)]["noticed_by"] is None and known[key(job)]["tests"] != job["tests"]]
+    print(f"{len(jobs)} mutants, {len(left)} to try", flush=True)
+    children = []
+    for k in range(arguments.processes):
+        child = os.fork()
+        if child == 0:
+            for job in left[k::arguments.processes]:
+                result = {name: value for name, value in job.items() if name != "mutated"} | dict(which=key(job)[-1], noticed_by=noticed_by(job["file"], job["mutated"]))
+                with open(out, "a") as file:
+                    file.write(json.dumps(result) + "\n")
+                if result["noticed_by"] is None:
+                    print(f"{job['file']}:{job['line']}: {job['change']}\n    {job['text']}", flush=True)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    known = {key(result): result for result in map(json.loads, out.read_text().splitlines())}
+    print("file | mutants | equivalent | noticed | of the others")
+    worst = 1.0
+    for name in arguments.files:
+        own = [known[key(job)] for job in jobs if job["file"] == name]
+        alive = [result for result in own if result["noticed_by"] is None]
+        same = [result for result in alive if (name, result["text"], result["change"]) in EQUIVALENT]
+        share = 1 - (len(alive) - len(same)) / max(1, len(own) - len(same))
+        worst = min(worst, share)
+        print(f"{name} | {len(own)} | {len(same)} | {len(own) - len(alive)} | {share:.1%}")
+        for result in same if arguments.list else ():
+            print(f"    equivalent, line {result['line']}: {result['change']}: {EQUIVALENT[name, result['text'], result['change']]}")
+    return int(worst < 0.95)
+
+
+if __name__ == "__main__":
+    import numpy, PIL.Image, pytest, torch, torch.testing, tqdm  # noqa: once, before the forks
+    torch.set_num_threads(1)
+    sys.exit(main())
