@@ -28,7 +28,8 @@ def tensor(values, dtype=torch.float64):
 
 
 def close(a, b, rtol=1e-9, atol=0.0):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=rtol, atol=atol)
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda text: f"{text}\ngot      {a.flatten()[:5].tolist()}\nexpected {b.flatten()[:5].tolist()}")
 
 
 def closed_form(fn):
@@ -71,6 +72,21 @@ def last(chain):
     for x, _ in chain:
         pass
     return x
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Of a copy made by experiments/assignment.py: a test that meets another paper's blank function waits for it, skipped."""
+    report = (yield).get_result()
+    if call.excinfo and call.excinfo.errisinstance(NotImplementedError):
+        blank = call.excinfo.traceback[-1].path
+        if blank.parent == HERE.parent and item.path.stem != f"test_{blank.stem}":
+            report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1], f"Skipped: waits for {blank.name}, {call.excinfo.value}")
+    paper, name = item.path.stem.removeprefix("test_"), getattr(item, "originalname", item.name)
+    if report.failed and (HERE.parent / "COURSE.md").exists():
+        rows = [row.split(" | ") for row in (HERE.parent / "COURSE.md").read_text().splitlines() if f"`{name}`" in row and row.startswith(f"| {paper}.py")]
+        if rows:
+            report.sections.append(("Where this stands", "\n".join(f"{equation}: {function} in {file.strip('| ')}" for file, equation, function, _ in rows)))
 
 
 class Reports(list):

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy, PIL.Image, pytest, torch, torch.testing, tqdm  # once, before the forks
+
 HERE = Path(__file__).parent.parent
 PAPERS = ("ddpm.py", "iddpm.py", "pdm.py", "edm.py", "patch_diffusion.py")
 SECONDS = 240  # a mutant that runs so long is noticed
@@ -111,34 +113,42 @@ class Red:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            Path("red").write_text(report.nodeid.split("::")[1].split("[")[0])
+            with open("red", "a") as file:
+                file.write(report.nodeid.split("::")[1].split("[")[0] + "\n")
 
 
-def noticed_by(name, mutated):
-    """The first test of the paper that fails with this text in the place of its file; None where all pass."""
+def red_tests(name, mutated, *flags):
+    """The names of the paper's tests that fail with this text in the place of its file."""
     with tempfile.TemporaryDirectory() as folder:
         for path in HERE.glob("*.py"):
             shutil.copy(path, folder)
-        os.symlink(HERE / "experiments", Path(folder) / "experiments")
         shutil.copytree(HERE / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / name).write_text(mutated)
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-            os.chdir(folder)
-            os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/test_{name}"], plugins=[Red()])))
-        until = time.time() + SECONDS
-        while time.time() < until:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                red = Path(folder) / "red"
-                return None if os.waitstatus_to_exitcode(status) == 0 else red.read_text() if red.exists() else "it cannot be imported"
-            time.sleep(0.02)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return f"no end in {SECONDS} s"
+        return run_pytest(folder, f"tests/test_{name}", *flags)
+
+
+def run_pytest(folder, *flags):
+    """The names of the tests that fail in this folder, run in a fork, which has torch imported already."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        os.chdir(folder)
+        for key, module in list(sys.modules.items()):                            # what the caller imported is not what is to be tested
+            if str(getattr(module, "__file__", None)).startswith(str(HERE)):
+                del sys.modules[key]
+        sys.path[:] = [path for path in sys.path if not path.startswith(str(HERE))]
+        os._exit(int(pytest.main(["-q", "-p", "no:cacheprovider", *flags], plugins=[Red()])))
+    until, red = time.time() + SECONDS, Path(folder) / "red"
+    while time.time() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return set() if os.waitstatus_to_exitcode(status) == 0 else set(red.read_text().split("\n")[:-1]) if red.exists() else {"it cannot be imported"}
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return {f"no end in {SECONDS} s"}
 
 
 def main():
@@ -151,6 +161,7 @@ def main():
     parser.add_argument("--out", default=str(HERE / "mutants.jsonl"), help="results so far")
     arguments = parser.parse_args()
     jobs, out = [], Path(arguments.out)
+    torch.set_num_threads(1)
     for name in arguments.files:
         source = (HERE / name).read_text()
         version, tests = (hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (HERE / name, HERE / f"tests/test_{name}"))
@@ -166,7 +177,7 @@ def main():
         child = os.fork()
         if child == 0:
             for job in left[k::arguments.processes]:
-                result = {name: value for name, value in job.items() if name != "mutated"} | dict(which=key(job)[-1], noticed_by=noticed_by(job["file"], job["mutated"]))
+                result = {name: value for name, value in job.items() if name != "mutated"} | dict(which=key(job)[-1], noticed_by=next(iter(red_tests(job["file"], job["mutated"], "-x")), None))
                 with open(out, "a") as file:
                     file.write(json.dumps(result) + "\n")
                 if result["noticed_by"] is None:
@@ -191,6 +202,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import numpy, PIL.Image, pytest, torch, torch.testing, tqdm  # noqa: once, before the forks
-    torch.set_num_threads(1)
     sys.exit(main())
