@@ -97,7 +97,7 @@ class DDPM(nn.Module):
         mean, _ = self.q_posterior(x_0_hat, x_t, t, s)                                                  # Eq. 11, if not clipped
         return mean, self.log_variance(t, s, first), x_0_hat
 
-    def log_variance(self, t, s, first=(1, 2)):
+    def log_variance(self, t, s, first):
         """log sigma_t^2 of the reverse step, float64; Sec. 3.2."""
         is_large = (torch.as_tensor(s, device=self.alpha_bar.device) > 0) & (self.variance == "large")  # Sec. 3.2
         return torch.where(is_large, self.beta(t, s).log(), self.log_beta_tilde(t, s, first))

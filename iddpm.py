@@ -63,7 +63,7 @@ class IDDPM(DDPM):
         x_0_hat = x_0_hat.clamp(-1, 1) if self.clip else x_0_hat
         return self.q_posterior(x_0_hat, x_t, t, s)[0], self.log_variance(t, s, first, v), x_0_hat
 
-    def log_variance(self, t, s, first=(1, 2), v=None):
+    def log_variance(self, t, s, first, v=None):
         """v between log beta_tilde (v = -1) and log beta (v = 1); without v, the fixed variance."""
         if v is None:
             return super().log_variance(t, s, first)
@@ -89,7 +89,7 @@ class IDDPM(DDPM):
     def L_t(self, x_0, x_t, t, x_0_hat, v):
         """Term t of the bound, (B,), bits/dim, so that L_vlb is T times its mean over t; Eqs. 4 to 6."""
         mean, _ = self.q_posterior(x_0_hat, x_t, t)
-        return self.vlb_term(x_0, x_t, t, t - 1, mean, self.log_variance(t, t - 1, v=v)).to(x_0.dtype)
+        return self.vlb_term(x_0, x_t, t, t - 1, mean, self.log_variance(t, t - 1, (1, 2), v)).to(x_0.dtype)
 
     def draw_t(self, B, device):
         """t (B, 1, 1, 1) and its importance weight 1/(T p_t) (B,); uniform but for objective vlb."""

@@ -36,6 +36,12 @@ def test_a_chain_too_short_for_the_linear_schedule_is_refused():
         DDPM(zero, 1, T=20)
 
 
+@pytest.mark.parametrize("betas", [dict(beta_1=0.0), dict(beta_1=-1e-4), dict(beta_T=1.0)])
+def test_a_beta_outside_0_to_1_is_refused(betas):
+    with pytest.raises(ValueError, match="beta outside"):
+        DDPM(zero, 1, **betas)
+
+
 # Forward process
 
 def test_q_sample_is_the_signal_times_sqrt_alpha_bar_plus_noise_times_the_rest():
@@ -288,6 +294,14 @@ def test_the_decoder_of_any_chain_has_the_posterior_variance_of_that_chain_s_sec
     z = 1 / 255 / ((1 - a) / (1 - b) * (1 - b / a)).sqrt()
     expected = -torch.log2(torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
     close(ddpm.bits_per_dim(x_0, steps=steps, randn_like=torch.zeros_like)["terms"][0, 0], expected, rtol=1e-6)
+
+
+def test_l_T_is_the_kl_from_what_is_left_of_the_image_to_pure_noise():
+    ddpm, x_0 = DDPM(zero, 1, beta_T=0.005), torch.tensor([0.5, -0.9], dtype=torch.float64).view(2, 1, 1, 1)
+    left = ddpm.alpha_bar[-1]
+    assert 0.05 < left < 0.1                                     # a chain that ends too early, so that every term counts
+    kl = (left * x_0 ** 2 + (1 - left) - 1 - (1 - left).log()) / 2
+    close(ddpm.bits_per_dim(x_0, steps=2)["prior"], kl.flatten() / math.log(2))
 
 
 def test_the_bound_is_that_of_the_class():
