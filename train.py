@@ -43,9 +43,9 @@ DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID |
             "patch_diffusion": FULL_GRID | dict(steps=2600)}
 
 VERSION = 1  # of the checkpoint's layout
-FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile"}  # what --resume may change; data may move, not change
+FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile", "cooldown"}  # what --resume may change; data may move, not change
 RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), keep=(0, 1e6), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
-              lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
+              lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), cooldown=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
               width=(2, 1e5), mults=(1 / 64, 64), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
               sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1), p_full=(0, 1))
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma of the held-out error
@@ -63,6 +63,7 @@ def train(config, state=None, *,
           lr: float = 2e-3,            # learning rate of Adam
           warmup: int = 200,           # steps over which the learning rate rises from 0
           decay: int = 500,            # steps after which it falls as 1/sqrt(step); 0 for never
+          cooldown: int = 0,           # last steps, over which it falls to 0 as well: for deterministic samplers
           ema: float = 0.999,          # decay of the averaged weights, lower at first: min(ema, (1 + n) / (10 + n))
           clip_grad: float = 1.0,      # largest norm of the gradient
           flip: bool = False,          # mirror half of the images (never digits or text)
@@ -70,7 +71,7 @@ def train(config, state=None, *,
           drop_label: float = 0.1,     # share of labels hidden, so that guidance knows the unconditional model
           overfit: int = 0,            # train on so many images only: a self-check, they must come back
           every: int = 1000,           # steps between samples, checkpoints and held-out errors
-          keep: int = 0,               # older checkpoints that stay, as ckpt-001000.pt
+          keep: int = 0,               # older checkpoints that stay; each has its step as a second name, ckpt-001000.pt
           grid: int = 64,              # images in each grid of samples
           seed: int = 0,               # seed of the weights, the data order and the noise
           precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # bf16: autocast; auto: where the hardware has it
@@ -157,7 +158,7 @@ def train(config, state=None, *,
     with Stop() as stop, tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5) as bar:
         while step < steps:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1)
+                group["lr"] = lr * min(1, (step + 1) / max(1, warmup), (decay / (step + 1)) ** 0.5 if decay else 1) * min(1, (steps - step) / max(1, cooldown))
             loss, n, crop = 0, batch, ()
             if sizes:
                 size = method.draw_size(R, step / steps)
@@ -407,7 +408,7 @@ def precision_on(device, precision):
 
 
 def save(path, checkpoint, keep=0):
-    """Write a dict of plain types and tensors: all of it, or nothing. `keep` older ones stay beside it, as ckpt-001000.pt by their step."""
+    """Write a dict of plain types and tensors: all of it, or nothing. With `keep`, under its step too (ckpt-001000.pt), and so many older ones stay."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -418,11 +419,17 @@ def save(path, checkpoint, keep=0):
     except (OSError, RuntimeError) as error:                      # torch makes a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}, the one before it stays: {str(error).splitlines()[0]}")
-    if keep and path.exists():
-        shutil.copy2(path, path.with_name(f"{path.stem}-{read(path)['step']:06d}{path.suffix}"))
-        for old in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))[:-keep]:
-            old.unlink()
+    if keep:
+        numbered = path.with_name(f"{path.stem}-{checkpoint['step']:06d}{path.suffix}")
+        numbered.unlink(missing_ok=True)
+        try:
+            os.link(temporary, numbered)                          # a second name, at once
+        except OSError:                                           # a file system without them
+            shutil.copy(temporary, f"{numbered}.tmp")
+            os.replace(f"{numbered}.tmp", numbered)
     os.replace(temporary, path)
+    for old in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))[:-keep - 1] if keep else ():
+        old.unlink()
 
 
 def load(path, *, ema=True, device=None):

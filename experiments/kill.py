@@ -19,13 +19,13 @@ HERE = Path(__file__).parent.parent
 
 def kill(*,
          kills: int = 50,            # how often
-         seconds: float = 4.0,       # a kill comes at most so long after the run's first checkpoint
+         seconds: float = 2.0,       # a kill comes at most so long after the run's first checkpoint
          width: int = 128,           # of the network; a wider one takes longer to write
          seed: int = 0,              # of the moments
          out: str = "runs/kill"):    # folder of the run
     """Raises ValueError where a checkpoint cannot be read or does not go on."""
     run, moments = Path(out), random.Random(seed)
-    flags = f"--method pdm --patch 1 --size 8 --width {width} --mults 1 --attention 0 --batch 1 --every 1 --grid 1 --T 10 --steps 1000000 --device cpu --keep 1 --out".split()
+    flags = f"--method pdm --patch 1 --size 8 --width {width} --mults 1 --attention 0 --batch 1 --overfit 2 --every 1 --grid 1 --T 10 --steps 1000000 --device cpu --keep 1 --out".split()
     if run.exists():
         raise ValueError(f"{run} is there already: choose another --out")
     steps, unfinished = [], 0

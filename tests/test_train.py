@@ -107,6 +107,13 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(do, tmp_path, flag
     assert logs[0] == logs[1]
 
 
+def test_the_learning_rate_rises_then_falls_as_the_root_of_the_step_and_to_0_in_the_cooldown(do, tmp_path):
+    do(train, "--method pdm --steps 12 --every 1 --lr 0.01 --warmup 4 --decay 6 --cooldown 4")
+    for step, row in enumerate(log(tmp_path / "runs/pdm")):
+        expected = 0.01 * min(1, (step + 1) / 4, (6 / (step + 1)) ** 0.5) * min(1, (12 - step) / 4)
+        assert float(row["lr"]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_accumulating_leaves_the_number_of_images_a_step_alone(do, tmp_path):
     do(train, "--method ddpm --steps 2 --accumulate 4 --out parts")
     assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["images"] == 8
@@ -158,8 +165,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before_it(do, tmp_path
 def test_keep_leaves_so_many_older_checkpoints_beside_the_last(do, tmp_path):
     do(train, "--method pdm --steps 9 --keep 2")
     run = tmp_path / "runs/pdm"
-    assert sorted(p.name for p in run.glob("*.pt")) == ["ckpt-000006.pt", "ckpt-000008.pt", "ckpt.pt"]
-    assert [torch.load(run / name, weights_only=True)["step"] for name in ("ckpt-000006.pt", "ckpt-000008.pt", "ckpt.pt")] == [6, 8, 9]
+    names = ["ckpt-000006.pt", "ckpt-000008.pt", "ckpt-000009.pt", "ckpt.pt"]
+    assert sorted(p.name for p in run.glob("*.pt")) == names
+    assert [torch.load(run / name, weights_only=True)["step"] for name in names] == [6, 8, 9, 9]
     assert do(sample, f"{run}/ckpt-000006.pt --n 1 --steps 2 --out one.png")[0] == 0
 
 
