@@ -112,7 +112,7 @@ class DDPM(nn.Module):
                steps: int | None = None,     # number of steps, evenly spaced over 1..T; default all
                eta: float | None = None,     # DDIM with this eta (0 = deterministic); default ancestral, Algorithm 2
                randn_like=torch.randn_like):
-        """From noise x_T (B, C, H, W) to images, yielding (x, x_0_hat) after each step. steps may also list the kept t."""
+        """From noise x_T (B, C, H, W) to images, yielding (x, x_0_hat) after each step. steps may also list the kept t; eta lies in [0, 1]."""
         if not 0 <= (eta or 0) <= 1:
             raise ValueError(f"eta must lie between 0 and 1, got {eta}")
         x = noise                                                                                       # Algorithm 2, line 1
@@ -176,8 +176,8 @@ def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
 
 
 def discretized_gaussian_log_likelihood(x_0, mean, log_std):
-    """log p(x_0) in nats, elementwise, of pixels k/127.5 - 1 under N(mean, std^2) cut into bins of width 2/255; Eq. 13."""
-    def cdf(x):  # the authors' approximation of the normal distribution function
+    """log p(x_0) in nats, elementwise, of pixels k/127.5 - 1 under N(mean, std^2) in bins 2/255 wide, at least log 1e-12; Eq. 13 with the authors' tanh for Phi."""
+    def cdf(x):
         z = (x - mean) * (-log_std).exp()
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
     upper = torch.where(x_0 > 0.999, 1.0, cdf(x_0 + 1 / 255))                                           # Eq. 13, delta_+

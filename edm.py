@@ -117,8 +117,8 @@ def ode_sample(D, noise, y=None, *,
                randn_like=torch.randn_like):
     """From unit-variance noise (B, C, H, W) to images, yielding (x, denoised) after each step: Algorithms 1, 2 and 3 in one.
 
-    By default sigma(t) = t and s(t) = 1, which makes it Algorithm 2. D(x, sigma, y) gets x in float64 where the device has it;
-    it may have sigma_min, sigma_max and round_sigma. ValueError for options that cannot be.
+    By default sigma(t) = t and s(t) = 1, which makes it Algorithm 2. D(x, sigma, y) gets x in float64 where the device has it and may have sigma_min,
+    sigma_max and round_sigma. One randn_like a step, used or not. ValueError for negative options, and for an alpha that steps past noise level 0.
     """
     check("solver", solver, ("heun", "euler"))
     if min(S_churn, S_tmin, S_noise) < 0:
@@ -183,7 +183,7 @@ class EDM(nn.Module):
                                               ve=RANGE["ve"], iddpm=self.u[[-2, 0]].tolist())[self.precond]
 
     def coefficients(self, sigma):
-        """c_skip, c_out, c_in and c_noise, each in the shape of sigma; Table 1."""
+        """c_skip, c_out, c_in and c_noise, each in the shape of sigma, float64 also for a plain number; Table 1."""
         sigma, sigma_data, M = torch.as_tensor(sigma, dtype=self.u.dtype, device=self.u.device), self.sigma_data, len(self.u) - 1
         one = torch.ones_like(sigma)
         if self.precond == "edm":

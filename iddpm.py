@@ -135,8 +135,8 @@ class LossAwareSampler(nn.Module):
 def space_timesteps(T, spec):
     """The kept t, increasing, within 1..T; Sec. 4.
 
-    An int or "50" keeps that many, evenly spaced, both ends included. "10,15,20" cuts 1..T into three equal sections and keeps so
-    many of each. "ddim50": 50 at an integer stride from t = 1. "nll50": "50" and every t up to T/50, for likelihoods (App. E).
+    An int or "50" keeps that many, evenly spaced, both ends included (one: t = 1). "10,15,20" cuts 1..T into three equal sections and keeps so
+    many of each. "ddim50": 50 at an integer stride from t = 1. "nll50": "50" and every t up to T // 50, for likelihoods (App. E). ValueError for what cannot be kept.
     """
     if not re.fullmatch(r"(ddim|nll)?\d+|\d+(,\d+)*", str(spec)):
         raise ValueError(f'steps must read like 50, "10,15,20", "ddim50" or "nll50", got {spec!r}')

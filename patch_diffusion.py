@@ -77,7 +77,7 @@ def coordinates(H, W, image=None):
 
 
 def random_crop(x, s):
-    """A window of size s (or height and width) of each image, anywhere: crops (B, C, s, s), coordinates (B, 2, s, s); Sec. 3.1."""
+    """A window of size s (or height and width) of each image, anywhere: crops (B, C, s, s), coordinates (B, 2, s, s); Sec. 3.1. ValueError where it does not fit."""
     B, C, H, W = x.shape
     h, w = s if isinstance(s, tuple) else (s, s)
     if not (1 <= h <= H and 1 <= w <= W):

@@ -37,7 +37,7 @@ def assignment(paper=None, *functions,
     text = blank((HERE / name).read_text(), functions)
     if out.exists():
         raise ValueError(f"{out} is there already: choose another --out")
-    shutil.copytree(HERE, out, ignore=shutil.ignore_patterns(".git", ".ci", "runs", "__pycache__", ".pytest_cache", "assignment-*", "mutants.jsonl", out.name))
+    shutil.copytree(HERE, out, ignore=shutil.ignore_patterns(".git", ".ci", "runs", "__pycache__", ".pytest_cache", "assignment-*", "mutants.jsonl", "test_course.py", out.name))
     (out / name).write_text(text)
     tests = sorted({test for function in functions for test in papers[name].get(function, ())})
     print(f"wrote {out}/: {', '.join(functions)} of {name} to be written" + (f"; {len(tests)} tests are red until then:" if tests else ""))

@@ -288,7 +288,7 @@ def test_labels_reach_the_denoiser():
     (dict(solver="rk4"), "solver"), (dict(discretization="x"), "discretization"), (dict(schedule="x"), "schedule"), (dict(scaling="ve"), "scaling")])
 def test_options_that_cannot_be_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
-        next(ode_sample(gauss, latent, **options))
+        list(ode_sample(gauss, latent, **options))
 
 
 def test_an_unknown_column_of_table_1_is_refused():

@@ -73,7 +73,7 @@ def run(do, trained, tmp_path):
     def run(line, **flags):
         name, rest = line.split()[0], line.split()[1:]
         fact = next(fact for fact in FACTS if f" {name}" in fact)
-        if not (trained / name).exists():
+        if not (trained / name / "ckpt.pt").exists():
             do(train, f"{fact} --lr 0.01 --warmup 0 --out {trained / name}")
         if not (tmp_path / name).exists():
             shutil.copytree(trained / name, tmp_path / name)

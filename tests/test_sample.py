@@ -18,7 +18,7 @@ def trained(tmp_path_factory):
 
 
 def a_run(do, trained, tmp_path, name, flags):  # trained once, copied for each test
-    if not (trained / name).exists():
+    if not (trained / name / "ckpt.pt").exists():
         assert do(train, f"{flags} --out {trained / name}")[0] == 0
     shutil.copytree(trained / name, tmp_path / "run")
     return do

@@ -13,6 +13,7 @@ import train
 from train import command
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked here, which Windows cannot")
+BLANK = 77  # exit code of a process that met a blank of the course's
 SMALL = "--width 8 --mults 1 2 --attention 1 --batch 8 --every 10 --grid 2 --device cpu --precision fp32 --data set.npz --steps 20"
 
 
@@ -40,10 +41,15 @@ def run(module, line, processes=2):
                 code = 0
             except SystemExit as stop:
                 code = stop.code or 0
+            except NotImplementedError:
+                code = BLANK
             finally:
                 os._exit(code)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if BLANK in codes:
+        pytest.skip("waits for a function that is blank")
+    return codes
 
 
 def one(module, line):
