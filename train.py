@@ -196,16 +196,18 @@ def train(config, state=None, *,
                     fresh.clear()
                 rate = (seen - seen_before) / (time.time() - since)
                 bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{rate:.0f}", refresh=False)
+            if rank == 0 and report:                            # the log first: a line too many goes on --resume, one too few would be lost
+                with autocast(device, precision):
+                    errors = held_out_error(averaged, held, held_y)
+                log.write(dict(step=step, images=seen, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
+                               images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}",
+                               **{f"share_{size}": f"{count / step:.4f}" for size, count in sizes.items()}))
             if rank == 0 and (report or stopped):
                 write_checkpoint()
             if rank == 0 and report:
                 with autocast(device, precision):
-                    errors = held_out_error(averaged, held, held_y)
                     drawn = preview(averaged, shape, len(names), grid)
                 pixels.save_grid(drawn, run / "samples" / f"{step:06d}.png")
-                log.write(dict(step=step, images=seen, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
-                               images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}",
-                               **{f"share_{size}": f"{count / step:.4f}" for size, count in sizes.items()}))
             if report:
                 losses, since, seen_before = [], time.time(), seen
             if stopped:

@@ -1,7 +1,7 @@
 """Kill a run at random moments, and look at what it leaves.   python experiments/kill.py
 
 Starts a short run that writes a checkpoint after every step, kills it with SIGKILL (kill -9) at a random moment, then reads the checkpoint and
-the log, and goes on with --resume from there. Says how many of the checkpoints were whole, how many logs had no torn line, and
+the log, and goes on with --resume from there. Says how many of the checkpoints were whole, how many logs had every line and no torn one, and
 how many kills fell into the writing of a checkpoint.
 """
 import csv
@@ -45,12 +45,12 @@ def kill(*,
         steps.append(read(run / "ckpt.pt")["step"])
         text = (run / "log.csv").read_text() if (run / "log.csv").exists() else ""
         rows = list(csv.reader(text.splitlines()))
-        if text and (not text.endswith("\n") or len({len(row) for row in rows}) > 1 or int(rows[-1][0]) not in (steps[-1], steps[-1] - 1)):
+        if (not text.endswith("\n") or len({len(row) for row in rows}) > 1 or [row[0] for row in rows[1:]][:steps[-1]] != [str(k) for k in range(1, steps[-1] + 1)]):
             raise ValueError(f"log.csv is torn after kill {k + 1}: {rows[-1]}")
         print(f"kill {k + 1:3}: step {steps[-1]:5}, whole" + (", killed while a file was written" if any(run.glob("*.tmp")) else ""), flush=True)
     if steps != sorted(steps):
         raise ValueError(f"a run went backwards: {steps}")
-    print(f"{kills} kills: {kills} whole checkpoints, {kills} logs without a torn line, {unfinished} kills fell into the writing of a file; {steps[-1]} steps in all")
+    print(f"{kills} kills: {kills} whole checkpoints, {kills} whole logs, {unfinished} kills fell into the writing of a file; {steps[-1]} steps in all")
 
 
 def mtime(run):

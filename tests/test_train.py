@@ -181,7 +181,19 @@ def test_the_log_is_whole_when_a_run_dies_while_it_is_written(do, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
         assert do(train, "--method pdm --steps 4 --resume", small=False)[0] == 9
-    assert (tmp_path / "runs/pdm/log.csv").read_bytes() == before and torch.load("runs/pdm/ckpt.pt", weights_only=True)["step"] == 4
+    assert (tmp_path / "runs/pdm/log.csv").read_bytes() == before and torch.load("runs/pdm/ckpt.pt", weights_only=True)["step"] == 2
+
+
+def test_no_line_of_the_log_is_lost_or_doubled_when_a_run_dies_before_its_checkpoint_is_written(do, tmp_path, monkeypatch):
+    def dies(*_):
+        raise SystemExit(9)
+    do(train, "--method pdm --steps 2")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", dies)
+        assert do(train, "--method pdm --steps 6 --resume", small=False)[0] == 9
+    assert [row["step"] for row in log(tmp_path / "runs/pdm")] == ["2", "4"]
+    do(train, "--method pdm --steps 6 --resume", small=False)
+    assert [row["step"] for row in log(tmp_path / "runs/pdm")] == ["2", "4", "6"]
 
 
 def test_a_run_goes_on_with_moved_images_and_not_with_others(do, tmp_path):
