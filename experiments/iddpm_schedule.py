@@ -1,0 +1,97 @@
+"""Improved DDPM's claims on schedule, variance and objective (Figs. 1, 2, 3 and 5, Table 2).   python experiments/iddpm_schedule.py --quick
+
+Fig. 1: beta_tilde / beta against t for three T: the choice of the variance matters in the first steps only. Fig. 3 and 5: an image and alpha_bar under the
+linear and the cosine schedule. Then trains the four cases of Table 2 alike and measures bits/dim, and how much of the bound lies in which steps (Fig. 2).
+"""
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import data as pixels
+import train
+from ddpm import linear_betas
+from evaluate import evaluate, table
+from iddpm import IDDPM, cosine_betas
+from pdm_patches import write
+from train import Parser, add_flags, command, hold_out, read
+
+CASES = [("linear", "simple"), ("cosine", "simple"), ("cosine", "hybrid"), ("cosine", "vlb")]
+
+
+def iddpm_schedule(*,
+                   quick: bool = False,        # T = 250, 1,000 steps and 64 test images, for two CPU cores
+                   data: str = "digits",       # or what train.py's --data takes
+                   test: str | None = None,    # images to measure; default those held out
+                   T: int | None = None,       # diffusion steps; default 4000, quick 250
+                   steps: int | None = None,   # training steps; default 100,000, quick 1,000
+                   n: int | None = None,       # images to measure; default 128, quick 64
+                   train_runs: bool = True,    # --no-train_runs: the figures that need no network
+                   out: str = "runs/iddpm-schedule",  # folder of runs, tables and pictures
+                   device: str | None = None): # cuda, mps or cpu
+    """Figures first, then Table 2. A run that is there already is used as it is."""
+    out, T, steps, n = Path(out), T or (250 if quick else 4000), steps or (1000 if quick else 100_000), n or (64 if quick else 128)
+    out.mkdir(parents=True, exist_ok=True)
+    table(out / "fig1.csv", [dict(T=k, t_of_T=round(t / k, 4), ratio=f"{ratio:.6g}") for k in (100, 1000, 4000) for t, ratio in variance_ratio(k)])
+    table(out / "fig5.csv", [dict(t_of_T=t / 1000, linear=f"{a:.6g}", cosine=f"{b:.6g}") for t, a, b in zip(range(1, 1001), *(alpha_bar(k) for k in ("linear", "cosine")))])
+    images, _, _ = pixels.load(data)
+    x, eps = pixels.to_float(images[:1]), torch.randn(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+    rows = [alpha_bar(name)[torch.linspace(0, 999, 8).long()].float().view(8, 1, 1, 1) for name in ("linear", "cosine")]
+    pixels.save_grid(torch.cat([a.sqrt() * x + (1 - a).sqrt() * eps for a in rows]), out / "fig3.png", 8, ["linear", "cosine"])
+    plots(out)
+    if not train_runs:
+        return
+    rows = []
+    for schedule, objective in CASES:
+        run = out / f"{schedule}-{objective}"
+        if not (run / "ckpt.pt").exists():
+            train.main([*f"--method iddpm --schedule {schedule} --objective {objective} --T {T} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
+                       + (["--device", device] if device else []))
+        state = read(run / "ckpt.pt")
+        if state["config"]["T"] != T or state["step"] != steps:
+            raise ValueError(f"{run} has T = {state['config']['T']} and {state['step']} steps, not {T} and {steps}: another --out")
+        found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
+        terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
+        first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])
+        rows.append(dict(schedule=schedule, objective=objective, bits_per_dim=round(found["bits_per_dim"], 3), error=round(found["standard_error"], 3),
+                         L_0=round(found["decoder"], 3), share_of_first_fiftieth=round(first / found["bits_per_dim"], 3)))
+    write(out / "table2.csv", rows, f"{data}, T = {T}, {steps} steps, {n} images; paper, CIFAR-10, T = 4000, 500,000 steps: 3.37, 3.26, 3.17, 2.94")
+
+
+def variance_ratio(T):
+    """[(t, beta_tilde_t / beta_t), ...] of the linear schedule, t = 2..T."""
+    method = IDDPM(lambda i, o: None, 1, T=T, schedule="linear", objective="simple")
+    t = torch.arange(2, T + 1)
+    return list(zip(t.tolist(), (method.beta_tilde(t, t - 1) / method.beta(t, t - 1)).tolist()))
+
+
+def alpha_bar(name, T=1000):
+    return (1 - (linear_betas(T) if name == "linear" else cosine_betas(T))).cumprod(0)
+
+
+def plots(out):
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print(f"no plots: matplotlib is not installed; the figures are in {out}/fig1.csv and fig5.csv")
+    for name, x, columns in (("fig1", "t_of_T", ("ratio",)), ("fig5", "t_of_T", ("linear", "cosine"))):
+        rows = list(csv.DictReader(open(out / f"{name}.csv")))
+        for group in sorted({row.get("T", "") for row in rows}, key=lambda k: int(k or 0)):
+            own = [row for row in rows if row.get("T", "") == group]
+            for column in columns:
+                plt.plot([float(row[x]) for row in own], [float(row[column]) for row in own], label=f"T = {group}" if group else column)
+        plt.xlabel("t / T"), plt.ylabel("beta_tilde / beta" if name == "fig1" else "alpha_bar"), plt.legend()
+        plt.savefig(out / f"{name}.png", dpi=120)
+        plt.close()
+
+
+def main(argv):
+    parser = Parser(prog="iddpm_schedule.py", description=__doc__)
+    add_flags(parser, "iddpm_schedule", iddpm_schedule)
+    iddpm_schedule(**parser.parse(argv, "iddpm_schedule"))
+
+
+if __name__ == "__main__":
+    command(main)
