@@ -4,6 +4,7 @@ Trains P = 1, 2, 4, 8 alike (same U-Net, same images), then measures for each: e
 level (the curves should part only at low noise), seconds a training step, seconds and peak memory of a sample, Frechet
 distance where --features is given, and a grid. --speed only times untrained networks, for sizes too large to train here.
 """
+import functools
 import json
 import math
 import statistics
@@ -45,25 +46,26 @@ def pdm_patches(*,
     for P, cost in costs(size, patches, batch, repeats, device).items():
         rows[P] |= cost
     for P in patches if not speed else ():
-        rows[P] |= trained(out / f"{Path(data).stem}-{size}-P{P}", f"--patch {P}", data, size, steps, n, chain, features, device)
+        rows[P] |= trained(out / f"{Path(data).stem}-{size}-P{P}", f"--method pdm --patch {P}", data, size, steps, n, chain, features, device)
     out.mkdir(parents=True, exist_ok=True)
     name = out / f"pdm_patches-{Path(data).stem}-{size}{'-speed' if speed else ''}.csv"
     write(name, list(rows.values()), f"features: {features}, {n} samples in {chain} steps")
 
 
 def trained(run, flags, data, size, steps, n, chain, features, device):
-    """Train a PDM with these flags in folder `run`, or take the one that is there: its errors by noise level and Frechet distance."""
+    """Train with these flags in folder `run`, or take the run that is there: its errors by noise level, and the Frechet distance of n samples of `chain` steps."""
     if not (run / "ckpt.pt").exists():
-        train.main([*f"--method pdm {flags} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
+        train.main([*f"{flags} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
                    + (["--device", device] if device else []))
     method, checkpoint = load(run / "ckpt.pt", device=device)
+    chain = chain if checkpoint["method"] in ("edm", "patch_diffusion", "ddpm") else str(chain)
     if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
         raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
     where = next(method.parameters()).device
     (x, _), held = hold_out(*load_like(checkpoint, data), 0)
     levels = errors(denoiser(method), (x[:5000], None), (pixels.to_float(held[0]), None), 64, 0, where, run.with_name(f"{run.name}-error.csv"))
     row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
-    samples = draw(lambda *a, **k: method.sample(*a, steps=str(chain), **k), checkpoint["shape"], [(0, i) for i in range(n)], 64, None, where)
+    samples = draw(functools.partial(method.sample, steps=chain), checkpoint["shape"], [(0, i) for i in range(n)], 64, None, where)
     pixels.save_grid(samples[:64], run.with_name(f"{run.name}.png"))
     if features:
         network = Features(features, checkpoint["shape"], where)

@@ -30,7 +30,7 @@ def pdm_targets(*,
     for P in patches:
         for target, weight in CASES:
             run = out / f"{Path(data).stem}-{size}-P{P}-{target}-{weight}"
-            found = trained(run, f"--patch {P} --predict {target} --weight {weight}", data, size, steps, n, chain, features, device)
+            found = trained(run, f"--method pdm --patch {P} --predict {target} --weight {weight}", data, size, steps, n, chain, features, device)
             rows.append(dict(P=P, predict=target, weight=weight) | found)
     write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"features: {features}, {n} samples in {chain} steps")
 

@@ -1,0 +1,51 @@
+"""Improved DDPM's claim on short chains: with a learned variance few steps lose little; with a fixed one they do (Fig. 8).
+
+    python train.py --method iddpm --out runs/hybrid && python train.py --method iddpm --objective simple --out runs/simple
+    python experiments/iddpm_steps.py runs/hybrid/ckpt.pt runs/simple/ckpt.pt --features digits-features.pt --quick
+
+Draws from the first by its learned variance, from the second by both fixed ones (beta, beta_tilde) and by DDIM, in 10 to all steps; writes a table, a plot if
+matplotlib is there, and a grid.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from train import Parser, add_flags, command
+from edm_samplers import Score
+
+
+def iddpm_steps(learned, fixed, *,
+                features: str = "digits-features.pt",  # TorchScript file for the Frechet distance (experiments/features.py)
+                quick: bool = False,           # 64 images of each and at most 100 steps, for two CPU cores
+                n: int | None = None,          # images of each; default 2,000, quick 64
+                seeds: int = 3,                # times that each is drawn; their mean and spread count
+                batch: int = 64,               # images at a time
+                out: str = "runs/iddpm-steps", # folder of iddpm_steps.csv, .png and the grid
+                device: str | None = None):    # cuda, mps or cpu
+    """Draw, measure, write. Raises ValueError for checkpoints of another kind."""
+    n, chains = n or (64 if quick else 2000), (10, 25, 50, 100) if quick else (25, 50, 100, 200, 400, 1000)
+    one, two = Score(learned, features, n, seeds, batch, device), Score(fixed, features, n, seeds, batch, device)
+    if not getattr(one.method, "learned", False) or getattr(two.method, "learned", True):
+        raise ValueError(f"{learned} must have a learned variance (iddpm --objective hybrid or vlb), {fixed} a fixed one (iddpm --objective simple)")
+
+    def with_variance(name):
+        def sampler(noise, y=None, **options):
+            two.method.variance = name
+            return two.method.sample(noise, y, **options)
+        return sampler
+    cases = [("learned", k, one.method.sample, dict(steps=str(k))) for k in chains]
+    cases += [(f"fixed, {name}", k, with_variance(variance), dict(steps=str(k))) for name, variance in (("beta", "large"), ("beta_tilde", "small")) for k in chains]
+    cases += [("DDIM", k, two.method.sample, dict(steps=str(k), eta=0.0)) for k in chains]
+    two.table(cases, Path(out) / "iddpm_steps.csv", "steps")
+
+
+def main(argv):
+    parser = Parser(prog="iddpm_steps.py", usage="python experiments/iddpm_steps.py LEARNED FIXED [flags]", description=__doc__)
+    add_flags(parser, "iddpm_steps", iddpm_steps)
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        return parser.print_help()
+    iddpm_steps(*argv[:2], **parser.parse(argv[2:], "iddpm_steps"))
+
+
+if __name__ == "__main__":
+    command(main)
