@@ -31,9 +31,10 @@ def test_the_linear_schedule_is_monotonic_from_one_at_t_0_to_almost_nothing_at_T
     assert (alpha_bar.diff() < 0).all() and 0 < alpha_bar[T] < 1e-4
 
 
-def test_a_chain_too_short_for_the_linear_schedule_is_refused():
+@pytest.mark.parametrize("T", [1, 20])
+def test_a_chain_too_short_for_the_linear_schedule_is_refused(T):
     with pytest.raises(ValueError, match="larger T"):
-        DDPM(zero, 1, T=20)
+        DDPM(zero, 1, T=T)
 
 
 @pytest.mark.parametrize("betas", [dict(beta_1=0.0), dict(beta_1=-1e-4), dict(beta_T=1.0)])
@@ -311,6 +312,7 @@ def test_the_bound_is_that_of_the_class():
     close(mse[:, 0], torch.arange(3) ** 2 * (1 - ab[1]) / ab[1], rtol=1e-6)
 
 
-def test_eta_above_1_is_refused():
+@pytest.mark.parametrize("eta", [1.5, -0.5])
+def test_eta_outside_0_to_1_is_refused(eta):
     with pytest.raises(ValueError, match="eta"):
-        last(DDPM(zero, 1).sample(torch.zeros(1, 1, 1, 1), steps=10, eta=1.5))
+        last(DDPM(zero, 1).sample(torch.zeros(1, 1, 1, 1), steps=10, eta=eta))
