@@ -58,7 +58,7 @@ def distance(x, truth):
 def edm_churn(path=None, *,
               features: str = "digits-features.pt",  # TorchScript file for the Frechet distance (experiments/features.py)
               quick: bool = False,         # fewer images, for two CPU cores
-              n: int = 200_000,            # samples of the mixture
+              n: int = 50_000,             # samples of the mixture
               seeds: int = 3,              # times that each is drawn
               out: str = "runs/edm-churn", # folder of the tables
               device: str | None = None):  # cuda, mps or cpu, for the network
@@ -66,12 +66,12 @@ def edm_churn(path=None, *,
     rows, out = [], Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    n = n // 10 if quick else n
+    n = n // 5 if quick else n
     truth = MEANS[torch.multinomial(WEIGHTS, n, replacement=True)] + S * torch.randn(n, dtype=torch.float64)
     again = MEANS[torch.multinomial(WEIGHTS, n, replacement=True)] + S * torch.randn(n, dtype=torch.float64)
     print(f"two samples of the truth: {distance(again, truth):.5f}")
     for error in (0.0, 0.05):
-        for evaluations in (35, 79, 159, 511):
+        for evaluations in (35, 79, 159):
             steps = (evaluations + 1) // 2
             row = dict(error=error, evaluations=evaluations)
             for name, sampler, options in [("euler_maruyama", euler_maruyama, dict(steps=evaluations))] + [

@@ -30,6 +30,8 @@ SECONDS = 240  # a mutant that runs so long is noticed
 EQUIVALENT = {  # (file, its line, the change): why no test can tell
     ("ddpm.py", "mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])", "2 -> 3"): "only the first two are read",
     ("ddpm.py", "def log_beta_tilde(self, t, s, first=(1, 2)):", "2 -> 1"): "where the default is taken it only fills the branch that s = 0 does not select",
+    ("iddpm.py", "before = (i[:, None] == i).tril(-1).sum(1)", "1 -> 0"): "every ring is filled from its second place on",
+    ("iddpm.py", "return torch.randint(1, self.T + 1, (B, 1, 1, 1), device=device), 1.0", "1.0 -> 1.5"): "the weight is read where t is importance-sampled only",
     ("ddpm.py", "prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), 0, 0 * alpha_bar).flatten(1).mean(1) / math.log(2)", "0 * alpha_bar -> 0 / alpha_bar"): "0 either way",
 }
 

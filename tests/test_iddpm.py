@@ -178,7 +178,8 @@ def test_importance_sampling_learns_from_the_losses_before_they_are_weighted():
     T, x_0, v = 8, 0.1, 0.4
     terms, model = expected_terms(cosine_alpha_bar(T), x_0, v), IDDPM(constants(0, v), 1, T=T, objective="vlb")
     for _ in range(30):
-        model.loss(torch.full((64, 1, 32, 32), x_0).double())
+        model.loss(torch.full((64, 1, 32, 32), x_0).double().requires_grad_())
+    assert not model.sampler.losses.requires_grad                            # or every step would hold on to all before it
     close(model.sampler.probabilities(), 0.999 * terms / terms.sum() + 0.001 / T, rtol=0.15)
 
 
@@ -188,6 +189,11 @@ def test_importance_sampling_learns_from_the_losses_before_they_are_weighted():
 def test_the_kept_steps_are_the_authors(key):
     T, spec = key.split("|")
     assert [t - 1 for t in space_timesteps(int(T), spec)] == golden("respacing")["timesteps"][key]
+
+
+def test_both_ends_of_a_section_are_kept_and_a_stride_may_end_on_T():
+    assert space_timesteps(10, 2) == [1, 10] and space_timesteps(10, "2,2") == [1, 5, 6, 10] and space_timesteps(10, "1,1") == [1, 6]
+    assert space_timesteps(11, "ddim3") == [1, 6, 11]
 
 
 def test_a_stride_or_section_that_cannot_be_is_refused():
