@@ -103,6 +103,8 @@ def mutants(source):
             continue
         begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         for new in variants(node):
+            if raw[end:].startswith((b").square()", b") ** 2")) and isinstance(new, ast.BinOp) and isinstance(new.op, ast.Sub) and new.left is node.right:
+                continue                                                       # the square of a difference has no sign
             text = f"({ast.unparse(ast.fix_missing_locations(new))})"
             mutated = (raw[:begin] + text.encode() + raw[end:]).decode()
             try:
