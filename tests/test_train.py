@@ -108,9 +108,9 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(do, tmp_path, flag
 
 
 def test_the_learning_rate_rises_then_falls_as_the_root_of_the_step_and_to_0_in_the_cooldown(do, tmp_path):
-    do(train, "--method pdm --steps 12 --every 1 --lr 0.01 --warmup 4 --decay 6 --cooldown 4")
+    do(train, "--method pdm --steps 9 --every 1 --lr 0.01 --warmup 3 --decay 4 --cooldown 3")
     for step, row in enumerate(log(tmp_path / "runs/pdm")):
-        expected = 0.01 * min(1, (step + 1) / 4, (6 / (step + 1)) ** 0.5) * min(1, (12 - step) / 4)
+        expected = 0.01 * min(1, (step + 1) / 3, (4 / (step + 1)) ** 0.5) * min(1, (9 - step) / 3)
         assert float(row["lr"]) == pytest.approx(expected, rel=1e-4)
 
 
