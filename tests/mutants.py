@@ -32,6 +32,9 @@ EQUIVALENT = {  # (file, its line, the change): why no test can tell
     ("ddpm.py", "def log_beta_tilde(self, t, s, first=(1, 2)):", "2 -> 1"): "where the default is taken it only fills the branch that s = 0 does not select",
     ("iddpm.py", "before = (i[:, None] == i).tril(-1).sum(1)", "1 -> 0"): "every ring is filled from its second place on",
     ("iddpm.py", "return torch.randint(1, self.T + 1, (B, 1, 1, 1), device=device), 1.0", "1.0 -> 1.5"): "the weight is read where t is importance-sampled only",
+    ("iddpm.py", "self.count.index_add_(0, i, torch.ones_like(i))", "0 -> -1"): "it has one dimension",
+    ("pdm.py", "return Split(nets) if split_snr else nets[0]", "0 -> -1"): "there is one network",
+    ("patch_diffusion.py", "R = min(H, W)", "min(H, W) -> min(W, H)"): "the same",
     ("ddpm.py", "prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), 0, 0 * alpha_bar).flatten(1).mean(1) / math.log(2)", "0 * alpha_bar -> 0 / alpha_bar"): "0 either way",
 }
 

@@ -352,6 +352,7 @@ def test_each_transform_has_its_share_and_its_spread():
     assert ((labels[:, 7] != 0) == (labels[:, 8] != 0)).all()
     moved = labels[labels[:, 7] != 0]
     assert abs((moved[:, 7] * moved[:, 8]).mean()) < 5 / len(moved) ** 0.5
+    assert abs((moved[:, 1] != 0).float().mean() - 0.15) < 5 * (0.15 * 0.85 / len(moved)) ** 0.5     # one has nothing to do with the other
     for k, std in ((2, 1.0), (7, 1.0), (8, 1.0), (4, 0.5 ** 0.5), (5, 0.5 ** 0.5), (6, 0.5 ** 0.5)):
         on = labels[:, k][labels[:, k] != 0]
         assert abs(on.std() - std) < 0.06 and abs(on.mean()) < 0.08

@@ -169,8 +169,8 @@ def test_importance_sampling_is_uniform_until_every_t_has_ten_losses():
 def test_importance_sampling_follows_the_root_mean_square_of_the_last_ten_losses():
     sampler = LossAwareSampler(2)
     for k in range(30):
-        sampler.update(torch.tensor([1, 2]).view(2, 1, 1, 1), torch.tensor([100.0 if k < 20 else 1.0 + k % 2, 3.0]))
-    rms = tensor([math.sqrt(2.5), 3.0])
+        sampler.update(torch.tensor([1, 2]).view(2, 1, 1, 1), torch.tensor([100.0 if k < 20 else k - 19.0, 3.0]))
+    rms = tensor([math.sqrt(38.5), 3.0])                       # of 1 to 10
     close(sampler.probabilities(), 0.999 * rms / rms.sum() + 0.001 / 2, rtol=1e-5)
 
 

@@ -75,7 +75,7 @@ def test_the_shares_are_p_three_fifths_and_two_fifths_of_the_rest(R):
 def test_a_size_that_cannot_be_quartered_is_refused():
     with pytest.raises(ValueError, match="divisible by 4"):
         patch_sizes(30, 0.5)
-    assert patch_sizes(30, 0.5, quarter=False)[15] == 0.5
+    assert patch_sizes(30, 0.5, quarter=False)[15] == 0.5 and patch_sizes(30, 1.0)[30] == 1
 
 
 def test_stochastic_sizes_come_with_their_shares():
