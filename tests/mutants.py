@@ -141,15 +141,20 @@ def run_pytest(folder, *flags):
     """The names of the tests that fail in this folder, run in a fork, which has torch imported already."""
     child = os.fork()
     if child == 0:
-        os.setsid()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-        os.chdir(folder)
-        for key, module in list(sys.modules.items()):                            # what the caller imported is not what is to be tested
-            if str(getattr(module, "__file__", None)).startswith(str(HERE)):
-                del sys.modules[key]
-        sys.path[:] = [path for path in sys.path if not path.startswith(str(HERE))]
-        os._exit(int(pytest.main(["-q", "-p", "no:cacheprovider", *flags], plugins=[Red()])))
+        code = 3
+        try:
+            os.setsid()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+            os.chdir(folder)
+            ours = (HERE, HERE / "tests", HERE / "experiments")
+            for key, module in list(sys.modules.items()):                            # what the caller imported is not what is to be tested
+                if Path(getattr(module, "__file__", None) or "none").parent in ours:
+                    del sys.modules[key]
+            sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() not in ours]
+            code = int(pytest.main(["-q", "-p", "no:cacheprovider", *flags], plugins=[Red()]))
+        finally:
+            os._exit(code)
     until, red = time.time() + SECONDS, Path(folder) / "red"
     while time.time() < until:
         done, status = os.waitpid(child, os.WNOHANG)
