@@ -258,7 +258,7 @@ def test_the_posterior_mean_is_the_data_weighted_by_how_well_they_explain_x_t():
         weight = (logits - logits.max(dim=1, keepdim=True)[0]).exp()
         exact = torch.einsum("bn,nchw->bchw", weight / weight.sum(1, keepdim=True), data)
         close(posterior_mean(x_t, a, data), exact, rtol=1e-6, atol=1e-9)
-    some = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7]).view(5, 1, 1, 1)
+    some = tensor([0.5, 0.1, 0.9, 0.3, 0.7]).view(5, 1, 1, 1)
     close(posterior_mean(x_t, some, data)[2], posterior_mean(x_t[2:3], 0.9, data)[0], rtol=1e-6)
 
 
