@@ -10,6 +10,7 @@ import csv
 import datetime
 import difflib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -568,6 +569,23 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"--{name} belongs to {', '.join(owners)}, not to {method}" if owners and method not in owners
                              else f"no such flag: {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
         return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+
+
+def script(function, doc):
+    """The main(argv) of a script of one function: its keyword arguments are the flags, its positional ones the words before them."""
+    name = function.__name__
+
+    def main(argv):
+        words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+        parser = Parser(prog=f"{name}.py", description=doc)
+        add_flags(parser, name, function)
+        given = parser.parse(argv[len(words):], name)
+        try:
+            inspect.signature(function).bind(*words)
+        except TypeError as error:
+            raise ValueError(f"{name}.py: {error}; see --help")
+        function(*words, **given)
+    return main
 
 
 def command(main):

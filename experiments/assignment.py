@@ -5,7 +5,7 @@ the command that grades them. Tests of other files that need a blank function ar
 
     python experiments/assignment.py edm ode_sample D --out week2
     python experiments/assignment.py --measure           # blank every function in turn, note which tests go red, in tests/grading.json
-    python experiments/assignment.py --check pdm         # the same, compared with that file
+    python experiments/assignment.py pdm --check         # the same, compared with that file
 """
 import ast
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
-from train import Parser, add_flags, command
+from train import command, script
 
 GRADING = HERE / "tests" / "grading.json"
 
@@ -93,17 +93,7 @@ def grade(some, functions, papers, write):
         sys.exit(1)
 
 
-def main(argv):
-    parser = Parser(prog="assignment.py", usage="python experiments/assignment.py PAPER FUNCTION [FUNCTION ...] [flags]", description=__doc__)
-    add_flags(parser, "assignment", assignment)
-    words = []
-    while argv and not argv[0].startswith("-"):
-        words.append(argv[0])
-        argv = argv[1:]
-    given = parser.parse([word for word in argv if word.startswith("-") or argv[argv.index(word) - 1] == "--out"], "assignment")
-    words += [word for k, word in enumerate(argv) if not word.startswith("-") and argv[k - 1] != "--out"]
-    assignment(*words, **given)
-
+main = script(assignment, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from edm import denoiser
-from train import METHODS, Parser, add_flags, build, command, flags_of, pick_device, to_device
+from train import METHODS, build, command, flags_of, pick_device, script, to_device
 from unet import UNet
 
 
@@ -260,11 +259,7 @@ def diffusers(case, steps, device):
     return peer_step("diffusers", case, steps, device, make)
 
 
-def main(argv):
-    parser = Parser(prog="benchmark.py", description=__doc__)
-    add_flags(parser, "benchmark", benchmark)
-    benchmark(**parser.parse(argv, "benchmark"))
-
+main = script(benchmark, __doc__)
 
 if __name__ == "__main__":
     command(main)

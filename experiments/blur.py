@@ -13,7 +13,7 @@ import data as pixels
 from edm import denoiser
 from evaluate import load_like
 from pdm import posterior_mean
-from train import Parser, add_flags, command, hold_out, load, seeded_noise
+from train import command, hold_out, load, script, seeded_noise
 
 
 def blur(path, *,
@@ -45,13 +45,7 @@ def blur(path, *,
     print(f"wrote {out}: {len(data):,} images in the optimal prediction")
 
 
-def main(argv):
-    parser = Parser(prog="blur.py", description=__doc__)
-    parser.add_argument("path")
-    add_flags(parser, "blur", blur)
-    given = parser.parse(argv, "blur")
-    blur(given.pop("path"), **given)
-
+main = script(blur, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -16,7 +16,7 @@ from ddpm import DDPM
 from evaluate import evaluate
 from pdm_patches import trained, write
 from sample import sample
-from train import Parser, add_flags, command
+from train import command, script
 
 
 class Bound(DDPM):
@@ -55,11 +55,7 @@ def ddpm_loss(*,
     write(out / "ddpm_loss.csv", rows, f"{data}, {steps} steps, features: {features}; paper, CIFAR-10, fixed variance: L 13.51, L_simple 3.17 FID; 3.70 and 3.75 bits/dim at most")
 
 
-def main(argv):
-    parser = Parser(prog="ddpm_loss.py", description=__doc__)
-    add_flags(parser, "ddpm_loss", ddpm_loss)
-    ddpm_loss(**parser.parse(argv, "ddpm_loss"))
-
+main = script(ddpm_loss, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from edm import denoiser, ode_sample, sigma_steps
 from edm_samplers import Score
 from pdm_patches import write
-from train import Parser, add_flags, command
+from train import command, script
 
 WEIGHTS, MEANS, S = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64), torch.tensor([-0.8, 0.1, 0.9], dtype=torch.float64), 0.08
 
@@ -88,12 +88,7 @@ def edm_churn(path=None, *,
                     out / "churn.csv", "evaluations")
 
 
-def main(argv):
-    parser = Parser(prog="edm_churn.py", usage="python experiments/edm_churn.py [CKPT] [flags]", description=__doc__)
-    add_flags(parser, "edm_churn", edm_churn)
-    path = argv[:1] if argv and not argv[0].startswith("-") else []
-    edm_churn(*path, **parser.parse(argv[len(path):], "edm_churn"))
-
+main = script(edm_churn, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -18,7 +18,7 @@ from edm import denoiser, ode_sample
 from evaluate import Features, frechet_distance, load_like, moments
 from pdm_patches import write
 from sample import Cost, draw
-from train import Parser, add_flags, command, hold_out, load
+from train import command, hold_out, load, script
 
 
 def edm_samplers(path, *,
@@ -95,13 +95,7 @@ def plot(path, rows, axis):
     plt.close()
 
 
-def main(argv):
-    parser = Parser(prog="edm_samplers.py", usage="python experiments/edm_samplers.py CKPT [flags]", description=__doc__)
-    add_flags(parser, "edm_samplers", edm_samplers)
-    if not argv or argv[0].startswith("-"):
-        return parser.print_help()
-    edm_samplers(argv[0], **parser.parse(argv[1:], "edm_samplers"))
-
+main = script(edm_samplers, __doc__)
 
 if __name__ == "__main__":
     command(main)

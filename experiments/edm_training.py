@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train import Parser, add_flags, command
+from train import command, script
 from pdm_patches import trained, write
 
 LADDER = {"VP": "--precond vp", "EDM preconditioning": "--precond edm --p_train vp --weight vp", "EDM loss": "--precond edm --P_mean {P_mean}",
@@ -34,11 +34,7 @@ def edm_training(*,
     write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps, features: {features}")
 
 
-def main(argv):
-    parser = Parser(prog="edm_training.py", description=__doc__)
-    add_flags(parser, "edm_training", edm_training)
-    edm_training(**parser.parse(argv, "edm_training"))
-
+main = script(edm_training, __doc__)
 
 if __name__ == "__main__":
     command(main)

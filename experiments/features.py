@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as pixels
-from train import Parser, add_flags, command, pick_device
+from train import command, pick_device, script
 
 
 class Net(nn.Module):
@@ -81,11 +81,7 @@ def features(*,
     print(f"wrote {out}; now: python evaluate.py CKPT --frechet --features {out}")
 
 
-def main(argv):
-    parser = Parser(prog="features.py", description=__doc__)
-    add_flags(parser, "features", features)
-    features(**parser.parse(argv, "features"))
-
+main = script(features, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -16,7 +16,7 @@ from ddpm import linear_betas
 from evaluate import evaluate, table
 from iddpm import IDDPM, cosine_betas
 from pdm_patches import write
-from train import Parser, add_flags, command, hold_out, read
+from train import command, read, script
 
 CASES = [("linear", "simple"), ("cosine", "simple"), ("cosine", "hybrid"), ("cosine", "vlb")]
 
@@ -87,11 +87,7 @@ def plots(out):
         plt.close()
 
 
-def main(argv):
-    parser = Parser(prog="iddpm_schedule.py", description=__doc__)
-    add_flags(parser, "iddpm_schedule", iddpm_schedule)
-    iddpm_schedule(**parser.parse(argv, "iddpm_schedule"))
-
+main = script(iddpm_schedule, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train import Parser, add_flags, command
+from train import command, script
 from edm_samplers import Score
 
 
@@ -39,13 +39,7 @@ def iddpm_steps(learned, fixed, *,
     two.table(cases, Path(out) / "iddpm_steps.csv", "steps")
 
 
-def main(argv):
-    parser = Parser(prog="iddpm_steps.py", usage="python experiments/iddpm_steps.py LEARNED FIXED [flags]", description=__doc__)
-    add_flags(parser, "iddpm_steps", iddpm_steps)
-    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
-        return parser.print_help()
-    iddpm_steps(*argv[:2], **parser.parse(argv[2:], "iddpm_steps"))
-
+main = script(iddpm_steps, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -4,7 +4,6 @@ Reads the tags that end the paper files' lines, and for each function the test n
 """
 import ast
 import re
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent

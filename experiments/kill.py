@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train import Parser, add_flags, command, load, read
+from train import command, load, read, script
 
 HERE = Path(__file__).parent.parent
 
@@ -57,11 +57,7 @@ def mtime(run):
     return (run / "ckpt.pt").stat().st_mtime_ns if (run / "ckpt.pt").exists() else 0
 
 
-def main(argv):
-    parser = Parser(prog="kill.py", description=__doc__)
-    add_flags(parser, "kill", kill)
-    kill(**parser.parse(argv, "kill"))
-
+main = script(kill, __doc__)
 
 if __name__ == "__main__":
     command(main)

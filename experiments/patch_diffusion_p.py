@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from train import Parser, add_flags, command
+from train import command, script
 from pdm_patches import trained, write
 
 
@@ -37,11 +37,7 @@ def patch_diffusion_p(*,
     write(out / "patch_diffusion_p.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps, features: {features}")
 
 
-def main(argv):
-    parser = Parser(prog="patch_diffusion_p.py", description=__doc__)
-    add_flags(parser, "patch_diffusion_p", patch_diffusion_p)
-    patch_diffusion_p(**parser.parse(argv, "patch_diffusion_p"))
-
+main = script(patch_diffusion_p, __doc__)
 
 if __name__ == "__main__":
     command(main)

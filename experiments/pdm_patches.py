@@ -21,7 +21,7 @@ import train
 from edm import denoiser
 from evaluate import Features, errors, frechet_distance, load_like, moments, table
 from sample import draw
-from train import Parser, add_flags, build, command, flags_of, hold_out, load, pick_device, to_device
+from train import build, command, flags_of, hold_out, load, pick_device, script, to_device
 from unet import UNet
 
 
@@ -144,9 +144,7 @@ def weigh(P, size, batch):
 def main(argv):
     if argv[:1] == ["--weigh"]:
         return weigh(*json.loads(argv[1]))
-    parser = Parser(prog="pdm_patches.py", description=__doc__)
-    add_flags(parser, "pdm_patches", pdm_patches)
-    pdm_patches(**parser.parse(argv, "pdm_patches"))
+    script(pdm_patches, __doc__)(argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from pdm_patches import trained, write
-from train import Parser, add_flags, command
+from train import command, script
 
 CASES = [("x", "sqrt_snr"), ("x", "1"), ("x", "snr"), ("v", "sqrt_snr"), ("eps", "sqrt_snr"), ("eps", "snr")]
 
@@ -35,11 +35,7 @@ def pdm_targets(*,
     write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"features: {features}, {n} samples in {chain} steps")
 
 
-def main(argv):
-    parser = Parser(prog="pdm_targets.py", description=__doc__)
-    add_flags(parser, "pdm_targets", pdm_targets)
-    pdm_targets(**parser.parse(argv, "pdm_targets"))
-
+main = script(pdm_targets, __doc__)
 
 if __name__ == "__main__":
     command(main)

@@ -6,7 +6,6 @@ from conftest import Gaussian, close, closed_form, cosine_alpha_bar, last, tenso
 
 from ddpm import linear_betas
 from edm import denoiser, ode_sample
-from iddpm import IDDPM
 from pdm import PDM, patchify, posterior_mean, unpatchify
 from unet import Guided, UNet
 
