@@ -190,7 +190,7 @@ def train(config, state=None, *,
                 if not finite.all():
                     k = int(finite.logical_not().nonzero()[0])
                     calls = slice(k * accumulate, (k + 1) * accumulate)
-                    where = noise_level(method, torch.cat(levels[calls])[torch.cat(largest[calls]).nan_to_num(torch.inf).argmax()])
+                    where = noise_level(method, torch.cat(levels[calls])[torch.cat(largest[calls]).argmax()])
                     raise ValueError(f"the loss or its gradient is not finite at step {step - len(norms) + 1 + k}, near {where}; "
                                      "the last good checkpoint stays. Try a lower --lr, or --precision fp32")
                 for fresh in (norms, levels, largest):

@@ -3,14 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Gaussian, close, closed_form, linear_alpha_bar
+from conftest import Gaussian, closed_form, linear_alpha_bar
 from PIL import Image
 from test_sample import a_run, trained  # noqa: F401 (fixtures)
 from test_train import do, pictures  # noqa: F401 (fixtures)
 
 import edit
 from ddpm import DDPM
-from edm import EDM, denoiser
+from edm import EDM
 from edit import inpaint, interpolate, vary
 
 ab = linear_alpha_bar()

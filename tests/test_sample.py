@@ -3,7 +3,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import close
 from PIL import Image
 from test_train import do, pictures  # noqa: F401 (fixtures)
 

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, close
+from conftest import HERE
 from PIL import Image
 
 import sample
