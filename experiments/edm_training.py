@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import command, script
-from pdm_patches import trained, write
+from common import claim, trained, write
 
 LADDER = {"VP": "--precond vp", "EDM preconditioning": "--precond edm --p_train vp --weight vp", "EDM loss": "--precond edm --P_mean {P_mean}",
           "augmentation": "--precond edm --P_mean {P_mean} --augment 0.12"}
@@ -25,13 +25,15 @@ def edm_training(*,
                  out: str = "runs/edm-training",  # folder of the runs and edm_training.csv
                  device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out, steps, rows = Path(out), steps or (500 if quick else 20_000), []
+    out, steps, rows, pictures = Path(out), steps or (500 if quick else 20_000), [], []
     if features and not Path(features).is_file():
         raise ValueError(f"no such file: {features}")
     for k, (name, flags) in enumerate(LADDER.items()):
-        found = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
+        found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)
-    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps, features: {features}")
+        pictures.append(x)
+    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps, features: {features}", pictures)
+    claim("each part of EDM's training helps (EDM, Table 2, C to F)", "VP, CIFAR-10: FID 2.31, 2.29, 2.05, 1.97", "Frechet " + ", ".join(f"{line['training']} {line.get('frechet')}" for line in rows))
 
 
 main = script(edm_training, __doc__)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import command, script
-from edm_samplers import Score
+from common import Score, claim
 
 
 def iddpm_steps(learned, fixed, *,
@@ -36,7 +36,9 @@ def iddpm_steps(learned, fixed, *,
     cases = [("learned", k, one.method.sample, dict(steps=str(k))) for k in chains]
     cases += [(f"fixed, {name}", k, with_variance(variance), dict(steps=str(k))) for name, variance in (("beta", "large"), ("beta_tilde", "small")) for k in chains]
     cases += [("DDIM", k, two.method.sample, dict(steps=str(k), eta=0.0)) for k in chains]
-    two.table(cases, Path(out) / "iddpm_steps.csv", "steps")
+    found = {(line["sampler"], line["steps"]): line.get("frechet") for line in two.table(cases, Path(out) / "iddpm_steps.csv", "steps")}
+    claim("few steps cost little with a learned variance (Improved DDPM, Fig. 8)", "100 of 4000 steps: near the full chain's FID; fixed variances fall behind",
+        "; ".join(f"{k} steps: " + ", ".join(f"{name} {found[name, k]}" for name in ("learned", "fixed, beta", "fixed, beta_tilde", "DDIM")) for k in (chains[0], chains[-1])))
 
 
 main = script(iddpm_steps, __doc__)

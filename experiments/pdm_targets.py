@@ -6,8 +6,8 @@ x_0-prediction by noise level, the Frechet distance where --features is given, a
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from pdm_patches import trained, write
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import claim, trained, write
 from train import command, script
 
 CASES = [("x", "sqrt_snr"), ("x", "1"), ("x", "snr"), ("v", "sqrt_snr"), ("eps", "sqrt_snr"), ("eps", "snr")]
@@ -24,15 +24,18 @@ def pdm_targets(*,
                 out: str = "runs/pdm-targets",  # folder of the runs, pdm_targets.csv and the grids
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out, rows = Path(out), []
+    out, rows, pictures = Path(out), [], []
     if features and not Path(features).is_file():
         raise ValueError(f"no such file: {features}")
     for P in patches:
         for target, weight in CASES:
             run = out / f"{Path(data).stem}-{size}-P{P}-{target}-{weight}"
-            found = trained(run, f"--method pdm --patch {P} --predict {target} --weight {weight}", data, size, steps, n, chain, features, device)
+            found, x = trained(run, f"--method pdm --patch {P} --predict {target} --weight {weight}", data, size, steps, n, chain, features, device)
             rows.append(dict(P=P, predict=target, weight=weight) | found)
-    write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"features: {features}, {n} samples in {chain} steps")
+            pictures.append(x)
+    write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"features: {features}, {n} samples in {chain} steps", pictures, 3)
+    claim("with patches x is the robust target (PDM)", "", "Frechet " + ", ".join(
+        f"P = {line['P']} {line['predict']} {line.get('frechet')}" for line in rows if line["weight"] == "sqrt_snr"))
 
 
 main = script(pdm_targets, __doc__)

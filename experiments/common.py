@@ -1,0 +1,109 @@
+"""What the experiments share: train with flags and measure, draw with several seeds and measure, write tables, plots and the row for README.md."""
+import datetime
+import functools
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data as pixels
+import train
+from edm import denoiser
+from evaluate import Features, errors, frechet_distance, load_like, moments, table
+from sample import Cost, draw
+from train import hold_out, load
+
+
+def trained(run, flags, data, size, steps, n, chain, features, device):
+    """Train with these flags in folder `run`, or take the run that is there. Returns its errors by noise level with the Frechet distance of n samples of `chain`
+    steps (mean and largest difference of three seeds), and the first seed's samples. Raises ValueError if the run that is there is another one."""
+    if not (run / "ckpt.pt").exists():
+        train.main([*f"{flags} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
+                   + (["--device", device] if device else []))
+    score = Score(run / "ckpt.pt", features, n, 3 if features else 1, 64, device)
+    checkpoint, method = score.checkpoint, score.method
+    if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
+        raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
+    levels = errors(denoiser(method), (score.x[:5000], None), (pixels.to_float(score.held), None), 64, 0, score.device, run.with_name(f"{run.name}-error.csv"))
+    row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
+    distances, _, _, samples = score(method.sample, dict(steps=chain if checkpoint["method"] in ("edm", "patch_diffusion", "ddpm") else str(chain)))
+    pixels.save_grid(samples[:64], run.with_name(f"{run.name}.png"))
+    return row | spread(distances), samples
+
+
+def spread(distances):
+    return dict(frechet=round(statistics.mean(distances), 2), spread=round(max(distances) - min(distances), 2)) if distances else {}
+
+
+class Score:
+    """Frechet distance of what a sampler draws from one checkpoint, over several seeds; without a features file only the drawing."""
+
+    def __init__(self, path, features, n, seeds, batch, device):
+        if features and not Path(features).is_file():
+            raise ValueError(f"no such file: {features}; experiments/features.py trains one")
+        self.method, self.checkpoint = load(path, device=device)
+        self.device, self.n, self.seeds, self.batch = next(self.method.parameters()).device, n, seeds, batch
+        source = self.checkpoint["config"]["data"]
+        (self.x, _), (self.held, _) = hold_out(*load_like(self.checkpoint, source), 0)
+        self.network = Features(features, self.checkpoint["shape"], self.device) if features else None
+        self.statistics = self.network.statistics(self.x, source, 256) if features else None
+
+    def __call__(self, sampler, options):
+        """(distances by seed, evaluations an image, seconds an image, the first seed's images)."""
+        distances, labels = [], torch.arange(self.n) % len(self.checkpoint["classes"]) if self.checkpoint["classes"] else None
+        with Cost(self.method, self.n * self.seeds) as cost:
+            for seed in range(self.seeds):
+                x = draw(functools.partial(sampler, **options), self.checkpoint["shape"], [(seed, i) for i in range(self.n)], self.batch, labels, self.device)
+                if self.network:
+                    distances.append(frechet_distance(*moments(self.network(pixels.to_uint8(x), 256)), *self.statistics))
+                first = x if seed == 0 else first
+        return distances, cost.seen / cost.n, cost.seconds / cost.n, first
+
+    def table(self, cases, path, axis):
+        """Score [(name, steps, sampler, options), ...]; write a .csv, a .png against `axis` where matplotlib is, and a grid, a row a case; the table."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows, pictures = [], []
+        for name, steps, sampler, options in cases:
+            distances, evaluations, seconds, x = self(sampler, options)
+            rows.append(dict(sampler=name, steps=steps, evaluations=round(evaluations)) | spread(distances) | dict(seconds=round(seconds, 3)))
+            pictures.append(x)
+            print(*rows[-1].values(), sep=" | ", flush=True)
+        write(path, rows, f"{self.n} images, mean and largest difference of {self.seeds} seeds, {self.network.name}, {self.device}", pictures)
+        plot(path.with_suffix(".png"), rows, axis, "frechet", "sampler", "spread")
+        return rows
+
+
+def write(name, rows, note, pictures=(), key=2):
+    """Write a list of dicts as a .csv and print it; with `pictures`, images for each row, a grid that shows eight of each beside the row's first `key` entries."""
+    table(name, rows)
+    if len(pictures):
+        labels = [" ".join(str(value) for value in list(row.values())[:key])[:28] for row in rows]
+        pixels.save_grid(torch.cat([x[:8].cpu() for x in pictures]), name.with_name(f"{name.stem}-grid.png"), 8, labels)
+    print(*rows[0], sep=" | ")
+    for row in rows:
+        print(*row.values(), sep=" | ")
+    print(f"wrote {name}; {note}")
+
+
+def claim(text, paper, ours):
+    """Print a row of the table of claims in experiments/README.md."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    print(f"| {text} | {paper} | {ours} | `{command}` | {where} | {datetime.date.today()} |")
+
+
+def plot(path, rows, x, y, group, bar=None, log=True):
+    """Draw y against x, a line for each `group`, where matplotlib is installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print(f"no {path.name}: matplotlib is not installed; the figures are in the .csv")
+    for name in dict.fromkeys(row[group] for row in rows):
+        own = [row for row in rows if row[group] == name]
+        plt.errorbar([row[x] for row in own], [row[y] for row in own], [row[bar] / 2 for row in own] if bar else None, marker="o" if len(own) < 20 else None, label=name)
+    plt.xscale("log" if log else "linear"), plt.xlabel(x), plt.ylabel(y), plt.legend(fontsize=7)
+    plt.savefig(path, dpi=120)
+    plt.close()
