@@ -10,6 +10,7 @@ is the same (those that no test noticed only while the tests are the same too), 
 import argparse
 import ast
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -23,9 +24,11 @@ from pathlib import Path
 
 import numpy, PIL.Image, pytest, torch, torch.testing, tqdm  # once, before the forks
 
+torch.testing.assert_close(torch.ones(1), torch.ones(1)), torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])  # both import much at their first call
+gc.freeze()  # and need not be looked through in every fork
 HERE = Path(__file__).parent.parent
 PAPERS = ("ddpm.py", "iddpm.py", "pdm.py", "edm.py", "patch_diffusion.py")
-SECONDS = 240  # a mutant that runs so long is noticed
+SECONDS = 90  # a mutant that runs so long is noticed
 
 EQUIVALENT = {  # (file, its line, the change): why no test can tell
     ("ddpm.py", "mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])", "2 -> 3"): "only the first two are read",
@@ -109,6 +112,8 @@ def mutants(source):
             if raw[end:].startswith((b").square()", b") ** 2")) and isinstance(new, ast.BinOp) and isinstance(new.op, ast.Sub) and new.left is node.right:
                 continue                                                       # the square of a difference has no sign
             text = f"({ast.unparse(ast.fix_missing_locations(new))})"
+            if text[1:-1] == ast.unparse(node):
+                continue                                                       # swapped twins
             mutated = (raw[:begin] + text.encode() + raw[end:]).decode()
             try:
                 compile(mutated, "mutant", "exec")
@@ -119,7 +124,13 @@ def mutants(source):
 
 
 class Red:
-    """A plugin that writes down which test failed."""
+    """A plugin that runs the tests named in `first` first and writes down which test failed."""
+
+    def __init__(self, first=()):
+        self.first = list(first)
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.first.index(item.originalname) if item.originalname in self.first else len(self.first))
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -127,23 +138,24 @@ class Red:
                 file.write(report.nodeid.split("::")[1].split("[")[0] + "\n")
 
 
-def red_tests(name, mutated, *flags):
-    """The names of the paper's tests that fail with this text in the place of its file."""
+def red_tests(name, mutated, *flags, first=()):
+    """The names of the paper's tests that fail with this text in the place of its file; those in `first` run first."""
     with tempfile.TemporaryDirectory() as folder:
         for path in HERE.glob("*.py"):
             shutil.copy(path, folder)
         shutil.copytree(HERE / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / name).write_text(mutated)
-        return run_pytest(folder, f"tests/test_{name}", *flags)
+        return run_pytest(folder, f"tests/test_{name}", *flags, first=first)
 
 
-def run_pytest(folder, *flags):
+def run_pytest(folder, *flags, first=()):
     """The names of the tests that fail in this folder, run in a fork, which has torch imported already."""
     child = os.fork()
     if child == 0:
         code = 3
         try:
             os.setsid()
+            os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"                       # others' plugins take longer to load than a paper's tests to run
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1), os.dup2(nowhere, 2)
             os.chdir(folder)
@@ -152,7 +164,7 @@ def run_pytest(folder, *flags):
                 if Path(getattr(module, "__file__", None) or "none").parent in ours:
                     del sys.modules[key]
             sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() not in ours]
-            code = int(pytest.main(["-q", "-p", "no:cacheprovider", *flags], plugins=[Red()]))
+            code = int(pytest.main(["-q", "-p", "no:cacheprovider", *flags], plugins=[Red(first)]))
         finally:
             os._exit(code)
     until, red = time.time() + SECONDS, Path(folder) / "red"
@@ -191,8 +203,12 @@ def main():
     for k in range(arguments.processes):
         child = os.fork()
         if child == 0:
+            seen = [result for result in known.values() if result["noticed_by"]]
             for job in left[k::arguments.processes]:
-                result = {name: value for name, value in job.items() if name != "mutated"} | dict(which=key(job)[-1], noticed_by=next(iter(red_tests(job["file"], job["mutated"], "-x")), None))
+                near = sorted((result for result in seen if result["file"] == job["file"]), key=lambda result: abs(result["line"] - job["line"]))
+                red = red_tests(job["file"], job["mutated"], "-x", first=dict.fromkeys(result["noticed_by"] for result in near))   # what noticed its neighbours
+                result = {name: value for name, value in job.items() if name != "mutated"} | dict(which=key(job)[-1], noticed_by=next(iter(red), None))
+                seen += [result] if red else []
                 with open(out, "a") as file:
                     file.write(json.dumps(result) + "\n")
                 if result["noticed_by"] is None:

@@ -37,6 +37,12 @@ def test_a_chain_too_short_for_the_linear_schedule_is_refused(T):
         DDPM(zero, 1, T=T)
 
 
+def test_two_steps_are_the_fewest():
+    assert DDPM(closed_form(lambda x, t, y: x), 1, T=2, beta_1=1e-4, beta_T=1e-4).T == 2
+    with pytest.raises(ValueError, match="T = 1"):
+        DDPM(closed_form(lambda x, t, y: x), 1, T=1, beta_1=1e-4, beta_T=1e-4)
+
+
 @pytest.mark.parametrize("betas", [dict(beta_1=0.0), dict(beta_1=-1e-4), dict(beta_T=1.0)])
 def test_a_beta_outside_0_to_1_is_refused(betas):
     with pytest.raises(ValueError, match="beta outside"):
@@ -144,6 +150,12 @@ def test_short_chains_run_from_T_to_1_and_the_network_sees_the_original_t():
     assert seen == [1000]
     with pytest.raises(ValueError, match="1..1000"):
         last(ddpm.sample(torch.zeros(1, 1, 1, 1), steps=1001))
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_chain_of_no_steps_or_more_than_T_is_refused(steps):
+    with pytest.raises(ValueError, match="1..1000"):
+        last(DDPM(closed_form(lambda x, t, y: x), 1).sample(torch.zeros(1, 1, 1, 1), steps=steps))
 
 
 def test_the_whole_chain_visits_every_t_once():

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -125,7 +126,9 @@ def test_each_column_trains_at_its_own_noise_levels(column):
     ab = cosine_alpha_bar()
     uniform = {"vp": lambda: ((0.1 ** 2 + 2 * 19.9 * (1 + sigma ** 2).log()).sqrt() - 0.1) / 19.9, "ve": lambda: (sigma / 0.02).log() / math.log(100 / 0.02),
                "iddpm": lambda: torch.searchsorted(((1 - ab) / ab).sqrt()[1:] * (1 + 1e-6), sigma) / 999}[column]()
-    assert uniform.min() >= 0 and uniform.max() <= 1
+    assert uniform.min() >= 0 and uniform.max() <= 1 and sigma.min() > 0
+    if column == "iddpm":                                                        # u_0 to u_{M-1}, each of them
+        close([sigma.max(), sigma.min()], ((1 - ab[[-1, 1]]) / ab[[-1, 1]]).sqrt(), rtol=1e-6)
     assert (uniform.sort()[0] - torch.linspace(0, 1, 40_000)).abs().max() < 2 / 200  # Kolmogorov-Smirnov
 
 
@@ -197,6 +200,26 @@ def test_the_noise_levels_fall_from_sigma_max_to_sigma_min(discretization):
     assert (sigma.diff() < 0).all()
 
 
+def test_a_range_of_iddpm_levels_includes_its_ends():
+    u = silent().u.tolist()
+    close(sigma_steps(2, "iddpm", u[500], u[499]), [u[499], u[500]])
+    with pytest.raises(ValueError, match="no two"):
+        sigma_steps(2, "iddpm", u[500] * 0.9999, u[500] * 1.0001)
+    with pytest.raises(ValueError, match="no two"):
+        sigma_steps(2, "iddpm", u[500] * 1.0001, u[499] * 0.9999)
+
+
+def test_the_defaults_are_the_papers():
+    def defaults(function):
+        return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    assert defaults(EDM).items() >= dict(sigma_data=0.5, P_mean=-1.2, P_std=1.2, precond="edm").items()
+    assert defaults(ode_sample).items() >= dict(steps=18, solver="heun", rho=7.0, alpha=1.0, S_churn=0.0, S_tmin=0.0, S_tmax=math.inf, S_noise=1.0).items()
+
+
+def test_a_checkpoint_holds_what_was_learned_and_nothing_else():
+    assert not silent().state_dict()
+
+
 # The sampler
 
 @pytest.mark.parametrize("key", golden("edm_sampler")["deterministic"])
@@ -259,6 +282,12 @@ def test_churn_works_under_every_schedule_and_scaling():
     for options in (dict(schedule="vp", scaling="vp"), dict(schedule="ve"), dict(scaling="vp")):
         x = last(ode_sample(optimal(data), torch.randn(B, 1, 1, 1), steps=64, S_churn=20.0, **options))
         assert abs(x.mean() - 0.3) < 5 * 0.5 / math.sqrt(B) + 0.005 and abs(x.std() - 0.5) < 5 * 0.5 / math.sqrt(2 * B) + 0.01
+
+
+def test_a_little_churn_raises_each_noise_level_by_its_share():  # Algorithm 2, lines 3 and 5
+    seen = []
+    last(ode_sample(lambda x, sigma, y=None: seen.append(sigma[0].item()) or gauss(x, sigma), torch.zeros(1, 1, 1, 1).double(), steps=5, solver="euler", S_churn=0.5))
+    close(seen, 1.1 * sigma_steps(5))
 
 
 def test_churn_acts_from_S_tmin_to_S_tmax_only():
@@ -358,6 +387,25 @@ def test_each_transform_has_its_share_and_its_spread():
         assert abs(on.std() - std) < 0.06 and abs(on.mean()) < 0.08
 
 
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_no_transform_has_to_do_with_another_and_every_angle_is_as_likely(p):
+    B = 20_000
+    a0, a1, a2, c, s, u, v, a6, a7 = augment(torch.zeros(B, 1, 1, 1), p)[1].double().unbind(1)
+    turned, stretched = torch.atan2(s, c + 1), torch.atan2(v, u)
+    for angle, on in ((turned, s != 0), (stretched, u != 0)):
+        angle = angle[on].sort()[0] / (2 * math.pi) + 0.5
+        assert (angle - torch.linspace(0, 1, len(angle)).double()).abs().max() < 2 / len(angle) ** 0.5  # Kolmogorov-Smirnov
+    size = u ** 2 + v ** 2
+    columns = [a0, a1, a2, a2 ** 2, a2 != 0, c, s, s != 0, u, v, size, (u ** 2 - v ** 2) / size.clamp(min=1e-12), size != 0, a6, a7, a6 ** 2, a7 ** 2, a6 != 0]
+    groups = torch.tensor([0, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 6, 5, 6, 5 if p == 1 else 6])
+    data = torch.stack([column.double() for column in columns])
+    data = data - data.mean(1, keepdim=True)
+    data = data / data.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+    apart = groups[:, None] != groups
+    apart &= ~((groups[:, None] >= 5) & (groups >= 5)) | (p == 1)                # a_6 and a_7 are switched on together
+    assert ((data @ data.T / B).abs() * apart).max() < 6 / B ** 0.5
+
+
 def test_the_network_is_told_what_was_done_in_training_and_nothing_in_sampling():
     asked, seen = [], []
     def make_net(c_in, c_out):
@@ -368,7 +416,7 @@ def test_the_network_is_told_what_was_done_in_training_and_nothing_in_sampling()
     planes = seen.pop()[:, 2:]
     assert asked == [(11, 2)] and planes.shape == (16, 9, 8, 8) and (planes == planes[:, :, :1, :1]).all() and planes.flatten(1).std(1).min() > 0.1
     last(model.sample(torch.randn(4, 2, 8, 8), steps=2))
-    assert all((x[:, 2:] == 0).all() for x in seen)
+    assert all((x[:, 2:] == 0).all() and x.shape[1] == 11 for x in seen)
 
 
 @pytest.mark.parametrize("given, expected", [({}, (10.0, 0.1)), (dict(sigma_min=0.5, sigma_max=5.0), (5.0, 0.5)), (dict(sigma_min=0.01, sigma_max=50.0), (10.0, 0.1))])

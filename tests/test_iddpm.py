@@ -134,6 +134,36 @@ def test_the_losses_are_the_authors(name):
         close(mse + 0.001 * 1000 * vb, outputs["loss"], rtol=1e-2)
 
 
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+def test_the_loss_of_any_network_is_its_equation(objective, monkeypatch):
+    eps, x_0, seen = torch.randn(6, 2, 4, 4).double(), torch.rand(6, 2, 4, 4).double() * 2 - 1, []
+    def fn(x, t, y):
+        seen.append(t.long())
+        return 0.3 * x if objective == "simple" else torch.cat([0.3 * x, 0.1 * x], dim=1)
+    model = IDDPM(closed_form(fn), 2, T=40, objective=objective, lambda_vlb=0.02)
+    monkeypatch.setattr(torch, "randn_like", lambda x: eps)
+    loss, t = model.loss(x_0), seen[0]
+    ab = cosine_alpha_bar(40)[t]
+    x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
+    L_simple = (eps - 0.3 * x_t).square().mean()
+    L_vlb = 40 * model.L_t(x_0, x_t, t, (x_t - (1 - ab).sqrt() * 0.3 * x_t) / ab.sqrt(), 0.1 * x_t).mean()
+    close(loss, dict(simple=L_simple, hybrid=L_simple + 0.02 * L_vlb, vlb=L_vlb)[objective], rtol=1e-6)
+
+
+def test_x_0_hat_is_clipped_to_the_range_of_images_unless_told_otherwise():
+    x, t = torch.zeros(1, 1, 1, 1).double(), torch.full((1, 1, 1, 1), 500)
+    for eps, edge in ((-50.0, 1.0), (50.0, -1.0)):
+        model = IDDPM(constants(eps, 0), 1)
+        mean, _, x_0_hat = model.p_mean_variance(x, t, t - 1)
+        assert x_0_hat == edge
+        close(mean, model.q_posterior(tensor(edge), x, t)[0])
+        assert abs(IDDPM(constants(eps, 0), 1, clip=False).p_mean_variance(x, t, t - 1)[2]) > 10
+
+
+def test_lambda_is_the_paper_s():
+    assert IDDPM(constants(0, 0), 1).lambda_vlb == 0.001
+
+
 class Free(torch.nn.Module):  # a network whose output is its one parameter
     def __init__(self, out):
         super().__init__()
@@ -174,6 +204,16 @@ def test_importance_sampling_follows_the_root_mean_square_of_the_last_ten_losses
     close(sampler.probabilities(), 0.999 * rms / rms.sum() + 0.001 / 2, rtol=1e-5)
 
 
+def test_the_last_ten_losses_count_however_often_a_step_comes_in_a_batch():
+    sampler, k = LossAwareSampler(2), 0
+    for size in (3, 1, 4, 2, 1, 3, 5, 1, 1, 4, 3):
+        sampler.update(torch.ones(size, dtype=torch.long), torch.arange(k, k + size) ** 2.0)
+        sampler.update(torch.full((1,), 2), torch.tensor([300.0]))
+        k += size
+    rms = tensor([sum(i ** 4 for i in range(k - 10, k)) ** 0.5 / 10 ** 0.5, 300.0])
+    close(sampler.probabilities(), 0.999 * rms / rms.sum() + 0.001 / 2, rtol=1e-5)
+
+
 def test_importance_sampling_learns_from_the_losses_before_they_are_weighted():
     T, x_0, v = 8, 0.1, 0.4
     terms, model = expected_terms(cosine_alpha_bar(T), x_0, v), IDDPM(constants(0, v), 1, T=T, objective="vlb")
@@ -193,7 +233,7 @@ def test_the_kept_steps_are_the_authors(key):
 
 def test_both_ends_of_a_section_are_kept_and_a_stride_may_end_on_T():
     assert space_timesteps(10, 2) == [1, 10] and space_timesteps(10, "2,2") == [1, 5, 6, 10] and space_timesteps(10, "1,1") == [1, 6]
-    assert space_timesteps(3, "ddim2") == [1, 3]
+    assert space_timesteps(3, "ddim2") == [1, 3] and space_timesteps(5, "ddim5") == [1, 2, 3, 4, 5]
 
 
 def test_a_stride_or_section_that_cannot_be_is_refused():
@@ -257,7 +297,8 @@ def test_with_the_optimal_variance_even_a_short_chain_has_the_data_s_spread():  
 
 
 def test_likelihoods_on_a_short_chain_keep_every_early_step():
-    assert space_timesteps(1000, "nll50") == sorted(set(space_timesteps(1000, 50)) | set(range(1, 21)))
+    for T, K in ((1000, 50), (100, 10)):
+        assert space_timesteps(T, f"nll{K}") == sorted(set(space_timesteps(T, K)) | set(range(1, T // K + 1)))
 
 
 @pytest.mark.parametrize("v", [-1.0, 0.0, 1.0])

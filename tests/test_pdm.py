@@ -53,6 +53,23 @@ def test_the_network_sees_c_p_squared_channels_on_a_grid_p_times_coarser():
     assert asked == [(48, 96)] and seen == [(2, 48, 8, 4)]
 
 
+@pytest.mark.parametrize("P", [1, 2, 3, 8])
+def test_the_network_is_asked_for_p_squared_times_the_channels(P):
+    asked = []
+    def make_net(c_in, c_out):
+        asked.append((c_in, c_out))
+        return torch.nn.Identity()
+    PDM(make_net, 3, patch=P)
+    PDM(make_net, 3, patch=P, learn_variance=True)
+    assert asked == [(3 * P ** 2, 3 * P ** 2), (3 * P ** 2, 6 * P ** 2)]
+
+
+def test_a_checkpoint_holds_what_was_learned_and_nothing_else():
+    net = lambda c_in, c_out: torch.nn.Conv2d(c_in, c_out, 1, bias=False)
+    assert list(PDM(net, 3).state_dict()) == ["net.net.weight"] and PDM(net, 3).net.P == 4 and PDM(net, 3).clip
+    assert list(PDM(net, 3, split_snr=(0.25,)).state_dict()) == ["net.nets.0.net.weight", "net.nets.1.net.weight"]
+
+
 def test_mean_and_variance_unfold_separately():
     model = PDM(closed_form(lambda x, t, y: torch.cat([x, torch.full_like(x, 0.5)], dim=1)), 3, patch=4, learn_variance=True)
     x_0_hat, v = model.x_0_and_v(torch.randn(2, 3, 8, 8), 500)
@@ -241,7 +258,7 @@ def test_one_part_can_be_trained_alone():
         assert not seen[1 - k] and set(seen[k]) == set(both[k]) and len(seen[k]) == 20_000
 
 
-@pytest.mark.parametrize("kw", [dict(split_snr=(1e9,)), dict(split_snr=(0.25, 0.25)), dict(patch=(4, 1)), dict(patch=(4, 2, 1), split_snr=(0.25,)), dict(part=0),
+@pytest.mark.parametrize("kw", [dict(split_snr=(1e9,)), dict(split_snr=(0.25,), part=-1), dict(split_snr=(0.25,), part=2), dict(split_snr=(0.25, 0.25)), dict(patch=(4, 1)), dict(patch=(4, 2, 1), split_snr=(0.25,)), dict(part=0),
                                 dict(part=2, split_snr=(0.25,)), dict(patch=(4, 0), split_snr=(0.25,))])
 def test_parts_that_cannot_be_are_refused(kw):
     with pytest.raises(ValueError, match="split_snr"):
