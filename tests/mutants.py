@@ -30,15 +30,50 @@ HERE = Path(__file__).parent.parent
 PAPERS = ("ddpm.py", "iddpm.py", "pdm.py", "edm.py", "patch_diffusion.py")
 SECONDS = 90  # a mutant that runs so long is noticed
 
-EQUIVALENT = {  # (file, its line, the change): why no test can tell
-    ("ddpm.py", "mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])", "2 -> 3"): "only the first two are read",
-    ("ddpm.py", "def log_beta_tilde(self, t, s, first=(1, 2)):", "2 -> 1"): "where the default is taken it only fills the branch that s = 0 does not select",
-    ("iddpm.py", "before = (i[:, None] == i).tril(-1).sum(1)", "1 -> 0"): "every ring is filled from its second place on",
-    ("iddpm.py", "return torch.randint(1, self.T + 1, (B, 1, 1, 1), device=device), 1.0", "1.0 -> 1.5"): "the weight is read where t is importance-sampled only",
-    ("iddpm.py", "self.count.index_add_(0, i, torch.ones_like(i))", "0 -> -1"): "it has one dimension",
-    ("pdm.py", "return Split(nets) if split_snr else nets[0]", "0 -> -1"): "there is one network",
-    ("patch_diffusion.py", "R = min(H, W)", "min(H, W) -> min(W, H)"): "the same",
-    ("ddpm.py", "prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), 0, 0 * alpha_bar).flatten(1).mean(1) / math.log(2)", "0 * alpha_bar -> 0 / alpha_bar"): "0 either way",
+EQUIVALENT = {  # (file, its line): {the change, None for any: why no test can tell}
+    ("ddpm.py", "if not 0 <= (eta or 0) <= 1:"): {"0 -> 1": "eta = 0 and no eta are both allowed"},
+    ("ddpm.py", "if not 1 <= steps <= self.T:"): {"1 <= steps <= self.T -> 1 < steps <= self.T": "one step was dealt with above"},
+    ("ddpm.py", "mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])"): {"2 -> 3": "only the first two are read"},
+    ("ddpm.py", "def log_beta_tilde(self, t, s, first=(1, 2)):"): {None: "where the default is taken it only fills the branch that s = 0 does not select"},
+    ("ddpm.py", "return self.beta_tilde(torch.where(s > 0, t, first[1]), torch.where(s > 0, s, first[0])).log()"): {"0 -> 1": "s = 1 is first[0] itself"},
+    ("ddpm.py", "prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), 0, 0 * alpha_bar).flatten(1).mean(1) / math.log(2)"): {
+        "0 * alpha_bar -> 0 / alpha_bar": "0 either way"},
+    ("ddpm.py", "upper = torch.where(x_0 > 0.999, 1.0, cdf(x_0 + 1 / 255))"): {"x_0 > 0.999 -> x_0 >= 0.999": "no pixel has that value"},
+    ("ddpm.py", "lower = torch.where(x_0 < -0.999, 0.0, cdf(x_0 - 1 / 255))"): {"x_0 < -0.999 -> x_0 <= -0.999": "no pixel has that value"},
+    ("iddpm.py", "before = (i[:, None] == i).tril(-1).sum(1)"): {"1 -> 0": "every ring is filled from its second place on"},
+    ("iddpm.py", "return torch.randint(1, self.T + 1, (B, 1, 1, 1), device=device), 1.0"): {"1.0 -> 1.5": "the weight is read where t is importance-sampled only"},
+    ("iddpm.py", "self.count.index_add_(0, i, torch.ones_like(i))"): {"0 -> -1": "it has one dimension"},
+    ("iddpm.py", "return sorted({*space_timesteps(T, spec[3:]), *range(1, T // int(spec[3:]) + 1)})"): {"1 -> 2": "t = 1 is always kept"},
+    ("pdm.py", "return Split(nets) if split_snr else nets[0]"): {"0 -> -1": "there is one network"},
+    ("pdm.py", "return own[torch.randint(len(own), (B,), device=device)].view(B, 1, 1, 1), 1.0"): {"1.0 -> 1.5": "PDM does not read the weight"},
+    ("pdm.py", "distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)"): {
+        "z.square() -> z": "the softmax does not see what all images have in common"},
+    ("edm.py", "u.append(((u[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1) ** 0.5)"): {"j - 1 -> 1 - j": "a squared sine has no sign"},
+    ("edm.py", "return max(low, getattr(D, \"sigma_min\", 0)), min(high, getattr(D, \"sigma_max\", math.inf))"): {"0 -> -1": "low is above both"},
+    ("edm.py", "t = rounded(D, sigma_steps(steps, \"edm\", *noise_range(\"edm\", sigma_min, sigma_max, D), rho)).flip(0)"): {"0 -> -1": "it has one dimension"},
+    ("edm.py", "return (self.P_mean + self.P_std * normal).exp()"): {"self.P_mean + self.P_std * normal -> self.P_mean - self.P_std * normal": "as likely"},
+    ("edm.py", "uniform, normal = torch.rand(B, 12, device=x.device), torch.randn(B, 4, device=x.device)"): {
+        "12 -> 13": "more than are used", "12 -> 11": "more than are used", "4 -> 5": "more than are used"},
+    ("edm.py", "on = (uniform[:, :6] < x.new_tensor([1, p, p, p, p, p], dtype=torch.float32)).float().unbind(1)"): {
+        "1 -> 2": "always, either way",
+        "uniform[:, :6] < x.new_tensor([1, p, p, p, p, p], dtype=torch.float32) -> uniform[:, :6] <= x.new_tensor([1, p, p, p, p, p], dtype=torch.float32)": "as likely"},
+    ("edm.py", "flip_x, flip_y = (on[k] * (uniform[:, 6 + k] < 0.5) for k in (0, 1))"): {"uniform[:, 6 + k] < 0.5 -> uniform[:, 6 + k] <= 0.5": "as likely"},
+    ("edm.py", "octaves, angle = on[2] * normal[:, 0], on[3] * math.pi * (2 * uniform[:, 8] - 1)"): {
+        "2 * uniform[:, 8] - 1 -> 1 - 2 * uniform[:, 8]": "as likely", "2 * uniform[:, 8] - 1 -> 2 * uniform[:, 8]": "a full turn either way",
+        "2 * uniform[:, 8] - 1 -> 2 * uniform[:, 8] + 1": "a full turn either way", "1 -> 2": "a full turn either way", "1 -> 0": "a full turn either way"},
+    ("edm.py", "axis, stretch = on[4] * math.pi * (2 * uniform[:, 9] - 1), on[4] * normal[:, 1]"): {
+        "2 * uniform[:, 9] - 1 -> 1 - 2 * uniform[:, 9]": "as likely", "2 * uniform[:, 9] - 1 -> 2 * uniform[:, 9]": "a full turn either way",
+        "2 * uniform[:, 9] - 1 -> 2 * uniform[:, 9] + 1": "a full turn either way", "1 -> 2": "a full turn either way", "1 -> 0": "a full turn either way", "9 -> 10": "a number of its own either way",
+        "2 -> 1": "with the sign of a_5 every axis is as likely", "2 -> 3": "with the sign of a_5 every axis is as likely"},
+    ("edm.py", "back = scale(1 - 2 * flip_x, 1 - 2 * flip_y) @ scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves)) @ rotation(angle)"): {
+        "scale(1 - 2 * flip_x, 1 - 2 * flip_y) @ scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves)) -> scale(1 - 2 * flip_x, 1 - 2 * flip_y) * scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves))":
+            "of diagonal matrices both products are one"},
+    ("edm.py", "back = back @ rotation(axis) @ scale(2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)) @ rotation(-axis) # from warped pixel to source"): {
+        "scale(2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)) -> scale(2 ** (0.2 * stretch), 2 ** (-0.2 * stretch))": "its sign is as likely, and not in the labels (Table 6)"},
+    ("edm.py", "grid = nn.functional.affine_grid(torch.cat([back, -back @ shift], dim=2), [B, 1, H, W], align_corners=False)"): {
+        "1 -> 2": "a grid has no channels"},
+    ("edm.py", "return (levels - torch.as_tensor(sigma).to(levels)[..., None]).abs().argmin(-1)"): {
+        "levels - torch.as_tensor(sigma).to(levels)[..., None] -> torch.as_tensor(sigma).to(levels)[..., None] - levels": "a distance has no sign"},
 }
 
 SWAP = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.MatMult: ast.Mult,
@@ -75,7 +110,7 @@ def variants(node):
         yield ast.Constant(node.value - 1)
     elif isinstance(node, ast.Constant) and isinstance(node.value, float):
         yield ast.Constant(node.value * 1.5 if node.value else 0.1)
-    elif isinstance(node, ast.Call) and len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+    elif isinstance(node, ast.Call) and len(node.args) > 1 and ast.unparse(node.func) not in ("min", "max") and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
         yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
     elif isinstance(node, ast.IfExp):
         yield changed(body=node.orelse, orelse=node.body)
@@ -223,12 +258,13 @@ def main():
     for name in arguments.files:
         own = [known[key(job)] for job in jobs if job["file"] == name]
         alive = [result for result in own if result["noticed_by"] is None]
-        same = [result for result in alive if (name, result["text"], result["change"]) in EQUIVALENT]
+        reason = lambda result: (found := EQUIVALENT.get((name, result["text"]), {})).get(result["change"]) or found.get(None)
+        same = [result for result in alive if reason(result)]
         share = 1 - (len(alive) - len(same)) / max(1, len(own) - len(same))
         worst = min(worst, share)
         print(f"{name} | {len(own)} | {len(same)} | {len(own) - len(alive)} | {share:.1%}")
         for result in same if arguments.list else ():
-            print(f"    equivalent, line {result['line']}: {result['change']}: {EQUIVALENT[name, result['text'], result['change']]}")
+            print(f"    equivalent, line {result['line']}: {result['change']}: {reason(result)}")
     return int(worst < 0.95)
 
 

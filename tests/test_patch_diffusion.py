@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -31,6 +32,7 @@ def test_past_the_image_coordinates_go_on_and_within_it_they_are_the_same():
 
 def test_one_pixel_lies_somewhere():
     assert coordinates(1, 1).isfinite().all()
+    assert coordinates(2, 2).tolist() == [[[-1, 1], [-1, 1]], [[-1, -1], [1, 1]]]
 
 
 # Crops
@@ -55,7 +57,13 @@ def test_each_image_has_its_own_place_and_every_place_is_equally_likely():
     assert len(count) == places and (count - B / places).abs().max() < 5 * (B / places) ** 0.5
 
 
-@pytest.mark.parametrize("s", [9, (4, 9), 0])
+def test_a_crop_may_be_a_single_pixel():
+    x = torch.randn(3, 2, 4, 4)
+    crop, coords = random_crop(x, (1, 1))
+    assert crop.shape == coords.shape == (3, 2, 1, 1) and all((crop[k].flatten() == x[k].flatten(1).T).all(1).any() for k in range(3))
+
+
+@pytest.mark.parametrize("s", [9, (4, 9), (9, 4), 0, (0, 4), (4, 0)])
 def test_a_crop_larger_than_the_image_is_refused(s):
     with pytest.raises(ValueError):
         random_crop(torch.zeros(1, 1, 8, 8), s)
@@ -75,6 +83,8 @@ def test_the_shares_are_p_three_fifths_and_two_fifths_of_the_rest(R):
 def test_a_size_that_cannot_be_quartered_is_refused():
     with pytest.raises(ValueError, match="divisible by 4"):
         patch_sizes(30, 0.5)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        patch_sizes(31, 0.5, quarter=False)
     assert patch_sizes(30, 0.5, quarter=False)[15] == 0.5 and patch_sizes(30, 1.0)[30] == 1
 
 
@@ -88,9 +98,15 @@ def test_stochastic_sizes_come_with_their_shares():
 def test_progressive_sizes_grow_and_keep_their_shares():
     drawn = [progressive_size(64, 0.5, (k + 0.5) / 1000) for k in range(1000)]
     assert drawn == sorted(drawn) and [drawn.count(s) for s in (16, 32, 64)] == [200, 300, 500]
-    assert progressive_size(64, 0.5, 1.0) == 64 and progressive_size(64, 0.5, 0.0, quarter=False) == 32
+    assert progressive_size(64, 0.0, 0.4) == 32 and progressive_size(64, 0.5, 1.0) == 64 and progressive_size(64, 0.5, 0.0, quarter=False) == 32
     model = PatchDiffusion(spy([]), 1, sizes="progressive")
     assert [model.draw_size(64, progress) for progress in (0.1, 0.3, 0.7)] == [16, 32, 64]
+
+
+def test_the_defaults_are_the_paper_s():
+    defaults = {name: p.default for name, p in inspect.signature(PatchDiffusion).parameters.items()}
+    assert defaults.items() >= dict(p_full=0.5, sizes="stochastic", sigma_data=0.5, P_mean=-1.2, P_std=1.2).items()
+    assert PatchDiffusion.guidance == 1.3
 
 
 # Loss
