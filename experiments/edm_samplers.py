@@ -33,8 +33,8 @@ def edm_samplers(path, *,
     cases += [("Euler", steps, ode, dict(steps=steps, solver="euler")) for steps in ((18, 35) if quick else (10, 18, 35, 79))]
     cases += [("Heun", steps, ode, dict(steps=steps)) for steps in ((5, 9, 18) if quick else (5, 9, 18, 40))]
     cases += [(name, 18, ode, dict(steps=18) | options) for name, options in (
-        ("ladder A: Euler, VP's levels, schedule, scaling", old | dict(solver="euler", steps=35)), ("ladder B: Heun", old),
-        ("ladder C: EDM's levels", old | dict(discretization="edm")), ("ladder D: sigma = t, no scaling", {}))]
+        ("A: Euler, all VP", old | dict(solver="euler", steps=35)), ("B: Heun, all VP", old),
+        ("C: Heun, EDM levels", old | dict(discretization="edm")), ("D: sigma = t, s = 1", {}))]
     cases += [(f"rho = {rho}", 18, ode, dict(steps=18, rho=rho)) for rho in (3, 5, 7, 9)]
     found = {(line["sampler"], line["steps"]): line for line in score.table(cases, Path(out) / "edm_samplers.csv", "evaluations")}
     one, two = found["ancestral", 250], found["Heun", 18]

@@ -30,7 +30,7 @@ def run(do, trained, tmp_path):
 
 @pytest.fixture
 def run_on_crops(do, trained, tmp_path):
-    return a_run(do, trained, tmp_path, "crops", "--method patch_diffusion --steps 2 --lr 0.01 --warmup 0 --conditional")
+    return a_run(do, trained, tmp_path, "crops", "--method patch_diffusion --steps 2 --lr 0.01 --warmup 0 --conditional --mults 1 1")
 
 
 def drawn(folder):

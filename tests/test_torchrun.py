@@ -14,7 +14,7 @@ from train import command
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked here, which Windows cannot")
 BLANK = 77  # exit code of a process that met a blank of the course's
-SMALL = "--width 8 --mults 1 2 --attention 1 --batch 8 --every 20 --grid 1 --device cpu --precision fp32 --data set.npz --steps 20"
+SMALL = "--width 8 --mults 1 --attention 0 --batch 8 --every 12 --grid 1 --device cpu --precision fp32 --data set.npz --steps 12"
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def read(name):
     return torch.load(name, weights_only=True)
 
 
-@pytest.mark.parametrize("flags", ["--method iddpm --objective vlb --T 20 --conditional --flip", "--method patch_diffusion --mults 1 --attention 0 --accumulate 2",
+@pytest.mark.parametrize("flags", ["--method iddpm --objective vlb --T 4 --conditional --flip", "--method patch_diffusion --accumulate 2",
                                    "--method pdm --patch 2 --split_snr 0.25 --T 30"])
 def test_two_processes_train_the_model_that_one_trains_on_the_same_batch(flags):
     one(train, f"{flags} {SMALL} --out one")
@@ -69,7 +69,7 @@ def test_two_processes_train_the_model_that_one_trains_on_the_same_batch(flags):
     a, b = (read(f"{name}/ckpt.pt") for name in ("one", "two"))
     torch.manual_seed(0)
     start = train.build(a).state_dict()
-    assert b["step"] == 20 and b["images"] == a["images"] and torch.equal(a["rng"][0], b["rng"][0]) and a["sizes"] == b["sizes"]
+    assert b["step"] == 12 and b["images"] == a["images"] and torch.equal(a["rng"][0], b["rng"][0]) and a["sizes"] == b["sizes"]
     for key in ("model", "ema"):
         moved, apart = (sum((x[k] - a[key][k]).double().square().sum() for k in a[key] if "net" in k).sqrt() for x in (start, b[key]))
         assert apart < 0.01 * moved, f"{key} moved by {moved:.3g} in training, and the two runs end {apart:.3g} apart"
@@ -87,8 +87,8 @@ def test_dropout_differs_between_processes_and_leaves_their_other_draws_alike():
 
 
 def test_a_run_goes_on_with_another_number_of_processes():
-    one(train, f"--method pdm --patch 2 --T 30 {SMALL} --steps 10 --out parts")
-    assert run(train, "--method pdm --out parts --resume --steps 20") == [0, 0]
+    one(train, f"--method pdm --patch 2 --T 30 {SMALL} --steps 6 --out parts")
+    assert run(train, "--method pdm --out parts --resume --steps 12") == [0, 0]
     one(train, f"--method pdm --patch 2 --T 30 {SMALL} --out whole")
     a, b = read("parts/ckpt.pt"), read("whole/ckpt.pt")
     assert torch.equal(a["rng"][0], b["rng"][0]) and all((a["ema"][k] - b["ema"][k]).abs().max() < 1e-3 for k in a["ema"])

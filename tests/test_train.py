@@ -19,7 +19,7 @@ import train
 from train import METHODS, add_flags, build, command, flags_of, load, save
 from unet import UNet
 
-SMALL = "--width 8 --mults 1 1 --attention 1 --batch 4 --every 2 --grid 1 --device cpu --precision fp32".split()
+SMALL = "--width 8 --mults 1 --attention 0 --batch 4 --every 2 --grid 1 --device cpu --precision fp32".split()
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_the_averaged_weights_follow_closely_at_first_and_never_drift_off_a_cons
 
 def test_bf16_trains_to_the_same_loss_within_its_rounding(do, tmp_path):
     for precision in ("fp32", "bf16"):
-        assert do(train, f"--method iddpm --steps 8 --warmup 0 --lr 0.01 --out {precision} --precision {precision}")[0] == 0
+        assert do(train, f"--method iddpm --steps 4 --every 4 --warmup 0 --lr 0.01 --out {precision} --precision {precision}")[0] == 0
     a, b = (list(csv.DictReader(open(tmp_path / run / "log.csv")))[-1] for run in ("fp32", "bf16"))
     assert abs(float(a["loss"]) - float(b["loss"])) < 0.05 * float(a["loss"]) and a["loss"] != b["loss"]
 
@@ -214,7 +214,7 @@ def test_a_progressive_run_keeps_the_number_of_steps_that_its_sizes_follow(do, t
         return loss(self, x, y, size)
     with monkeypatch.context() as patch:
         patch.setattr(METHODS["patch_diffusion"], "loss", interrupted)
-        assert do(train, "--method patch_diffusion --sizes progressive --steps 8 --out parts")[0] == 130
+        assert do(train, "--method patch_diffusion --sizes progressive --steps 8 --every 8 --out parts")[0] == 130
     code, _, err = do(train, "--method patch_diffusion --steps 10 --out parts --resume", small=False)
     assert code == 2 and "--steps, 8" in err
     assert do(train, "--method patch_diffusion --out parts --resume", small=False)[0] == 0
@@ -338,10 +338,10 @@ def test_help_lists_the_methods_and_the_flags_of_each(do, line, word):
 
 BAD = [
     ("--method pdm --data nowhere", "nowhere"), ("--method pdm --data .", ".npz"),
-    ("--method pdm --patch 5", "--size 10 or 20"), ("--method pdm --patch 0", "patch"), ("--method ddpm --mults 1 1 1 1 1 1", "--size 32"),
+    ("--method pdm --patch 5 --mults 1 1", "--size 10 or 20"), ("--method pdm --patch 0", "patch"), ("--method ddpm --mults 1 1 1 1 1 1", "--size 32"),
     ("--method pdm --steps 0", "--steps"), ("--method pdm --batch 0", "--batch"), ("--method pdm --steps few", "few"),
     ("--method ddpm --patch 4", "--patch belongs to pdm"), ("--method dppm", "pdm"), ("--steps 3", "choose a method"),
-    ("--method edm --precond ddim", "ddim"), ("--method patch_diffusion --p_full 2", "--p_full"), ("--method patch_diffusion --size 20", "R/4"),
+    ("--method edm --precond ddim", "ddim"), ("--method patch_diffusion --p_full 2", "--p_full"), ("--method patch_diffusion --size 20 --mults 1 1", "R/4"),
     ("--method edm --p_full 1", "--p_full belongs to patch_diffusion"), ("--method edm --augment 2", "--augment"), ("--method pdm --sigma_data 1", "--sigma_data belongs to edm"),
     ("--method pdm --stps 4", "--steps"), ("--method pdm --conditional --data plain.npy", "classes"), ("--method pdm --accumulate 3", "--batch 4"),
     ("--method pdm --device quantum", "quantum"), ("--method pdm --resume", "ckpt.pt"), ("--method pdm --predict noise", "noise"),
