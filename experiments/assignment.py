@@ -76,20 +76,22 @@ def find(source, function):
 
 
 def grade(some, functions, papers, write):
-    """Which tests of its own paper go red when a function is blank."""
+    """Which tests of its own paper go red when a function is blank; none of the other papers' may."""
     from mutants import red_tests
     different = 0
     for name, own in some.items():
         for function, listed in own.items():
             if functions and function not in functions:
                 continue
-            red = sorted(red_tests(name, blank((HERE / name).read_text(), [function])))
+            text = blank((HERE / name).read_text(), [function])
+            red, elsewhere = sorted(red_tests(name, text)), red_tests(name, text, papers=[paper for paper in papers if paper != name])
             if write:
                 own[function] = red
                 GRADING.write_text(json.dumps(papers, indent=1) + "\n")
-            different += red != listed
-            print(f"{name} {function}: {len(red)} tests red" + (f"; not as listed: {sorted(set(red) ^ set(listed))}" if red != listed else ""), flush=True)
-    if different and not write:
+            different += red != listed and not write or bool(elsewhere)
+            print(f"{name} {function}: {len(red)} tests red" + (f"; not as listed: {sorted(set(red) ^ set(listed))}" if red != listed else "")
+                  + (f"; other papers' tests that are red too: {sorted(elsewhere)}" if elsewhere else ""), flush=True)
+    if different:
         sys.exit(1)
 
 

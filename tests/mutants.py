@@ -173,14 +173,14 @@ class Red:
                 file.write(report.nodeid.split("::")[1].split("[")[0] + "\n")
 
 
-def red_tests(name, mutated, *flags, first=()):
-    """The names of the paper's tests that fail with this text in the place of its file; those in `first` run first."""
+def red_tests(name, mutated, *flags, first=(), papers=()):
+    """The names of the paper's tests (or of these papers') that fail with this text in the place of its file; those in `first` run first."""
     with tempfile.TemporaryDirectory() as folder:
         for path in HERE.glob("*.py"):
             shutil.copy(path, folder)
         shutil.copytree(HERE / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / name).write_text(mutated)
-        return run_pytest(folder, f"tests/test_{name}", *flags, first=first)
+        return run_pytest(folder, *(f"tests/test_{paper}" for paper in papers or [name]), *flags, first=first)
 
 
 def run_pytest(folder, *flags, first=()):
