@@ -21,7 +21,7 @@ def trained(run, flags, data, size, steps, n, chain, features, device):
     """Train with these flags in folder `run`, or take the run that is there. Returns its errors by noise level with the Frechet distance of n samples of `chain`
     steps (mean and largest difference of three seeds), and the first seed's samples. Raises ValueError if the run that is there is another one."""
     if not (run / "ckpt.pt").exists():
-        train.main([*f"{flags} --size {size} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
+        train.main([*f"--size {size} --steps {steps} --every {steps} --grid 16 {flags} --data".split(), data, "--out", str(run)]
                    + (["--device", device] if device else []))
     score = Score(run / "ckpt.pt", features, n, 3 if features else 1, 64, device)
     checkpoint, method = score.checkpoint, score.method

@@ -1,0 +1,56 @@
+import csv
+import importlib
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE
+
+from train import command
+
+SCRIPTS = sorted(path.stem for path in (HERE.parent / "experiments").glob("*.py") if "\nmain = script(" in path.read_text() or "\ndef main(argv)" in path.read_text())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run("edm_churn", "--quick ...") -> (exit code, stdout, stderr), in an empty folder."""
+    monkeypatch.syspath_prepend(str(HERE.parent / "experiments"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, line):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(line)])
+        try:
+            command(importlib.import_module(name).main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_experiment_explains_itself_and_refuses_what_it_does_not_know(run, tmp_path, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0 and "--" in out and out.count("\n") >= 3
+    code, out, err = run(name, "--nonsense 3")
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def test_an_experiment_trains_measures_and_writes_its_table_grid_and_row(run, tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean(dim=[2, 3])
+    torch.jit.script(Mean()).save("mean.pt")
+    np.save("set.npy", np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), np.uint8))
+    line = "--flags='--width 8 --mults 1 --attention 0 --batch 4 --T 20 --lr 0.1 --warmup 0' --data set.npy --size 8 --steps 2 --n 8 --chain 2 --features mean.pt --device cpu"
+    code, out, err = run("precision", line)
+    assert code == 0, err
+    rows = list(csv.DictReader(open("runs/precision/precision.csv")))
+    assert [row["precision"] for row in rows] == ["fp32", "bf16", "fp32, another seed"]
+    assert float(rows[0]["frechet"]) > 0 and float(rows[0]["spread"]) > 0 and float(rows[0]["rmse_1"]) != float(rows[2]["rmse_1"])
+    assert len(list(csv.DictReader(open("runs/precision/losses.csv")))) == 6 and (tmp_path / "runs/precision/precision-grid.png").exists()
+    row = out.strip().splitlines()[-1]
+    assert row.startswith("| bf16 costs nothing") and row.count("|") == 7 and "precision.py --flags" in row
+    assert run("precision", line.replace("--steps 2", "--steps 3"))[2].startswith("error: ")            # the runs that are there are others
