@@ -3,8 +3,9 @@
     python experiments/ddpm_loss.py --quick --features digits-features.pt
 
 Trains eps with L_simple and with the bound itself (Eq. 5, one random term a step) alike; writes bits/dim, Frechet distance and grids, and for L_simple rate and
-distortion along the chain (terms.csv) and a strip of progressive generation.
+distortion along the chain (terms.csv, rate_distortion.png; bits/dim and RMSE of 255) and a strip of progressive generation.
 """
+import csv
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from ddpm import DDPM
 from evaluate import evaluate
-from common import claim, trained, write
+from common import claim, plot, trained, write
 from sample import sample
 from train import command, script
 
@@ -39,7 +40,7 @@ def ddpm_loss(*,
               out: str = "runs/ddpm-loss",  # folder of the runs and ddpm_loss.csv
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out, steps, rows, pictures = Path(out), steps or (700 if quick else 50_000), [], []
+    out, steps, rows, pictures, lossy = Path(out), steps or (700 if quick else 50_000), [], [], []
     if features and not Path(features).is_file():
         raise ValueError(f"no such file: {features}")
     for name, cls in (("L_simple", DDPM), ("L, the bound", Bound)):
@@ -52,8 +53,10 @@ def ddpm_loss(*,
         nll = evaluate(run / "ckpt.pt", dict(steps=250) if quick else {}, nll=True, n=16 if quick else 128, device=device)["nll"]
         rows.append(dict(loss=name, bits_per_dim=round(nll["bits_per_dim"], 3), error=round(nll["standard_error"], 3)) | found)
         pictures.append(x)
+        lossy += [dict(loss=name, rate=float(row["rate"]), distortion=float(row["distortion"])) for row in csv.DictReader(open(run / "evaluation" / "terms.csv"))]
     sample(out / "simple" / "ckpt.pt", dict(steps=250), strip=True, n=4, out=str(out / "progressive-strip.png"), device=device)
     write(out / "ddpm_loss.csv", rows, f"{data}, {steps} steps, features: {features}", pictures)
+    plot(out / "rate_distortion.png", lossy, "rate", "distortion", "loss", log=False)
     a, b = rows
     claim("L_simple draws better than the bound, and codes worse (DDPM, Tables 1 and 2)", "FID 3.17 and 13.51, bits/dim 3.75 and 3.70",
         f"Frechet {a.get('frechet')} and {b.get('frechet')}, bits/dim {a['bits_per_dim']} and {b['bits_per_dim']}")
