@@ -29,15 +29,17 @@ def assignment(paper=None, *functions,
     papers = json.loads(GRADING.read_text())
     if paper is not None and f"{paper}.py" not in papers:
         raise ValueError(f"no paper {paper}: choose one of " + ", ".join(name.removesuffix(".py") for name in papers))
+    source = (HERE / f"{paper}.py").read_text() if paper else ""
+    functions = [key for function in functions for key in graded(source, function, papers[f"{paper}.py"])]
     if measure or check:
         return grade({name: own for name, own in papers.items() if paper in (None, name.removesuffix(".py"))}, functions, papers, measure)
     if not functions:
         raise ValueError("name a paper and functions of it: python experiments/assignment.py pdm patchify")
     name, out = f"{paper}.py", Path(out or f"assignment-{paper}")
-    text = blank((HERE / name).read_text(), functions)
+    text = blank(source, functions)
     if out.exists():
         raise ValueError(f"{out} is there already: choose another --out")
-    shutil.copytree(HERE, out, ignore=shutil.ignore_patterns(".git", ".ci", "runs", "__pycache__", ".pytest_cache", "assignment-*", "mutants.jsonl", "test_course.py", out.name))
+    shutil.copytree(HERE, out, ignore=shutil.ignore_patterns(".git", ".ci", "runs", "__pycache__", ".pytest_cache", ".venv", "venv", "*.pt", "*.npy", "assignment-*", "mutants.jsonl", "test_course.py", out.name))
     (out / name).write_text(text)
     tests = sorted({test for function in functions for test in papers[name].get(function, ())})
     print(f"wrote {out}/: {', '.join(functions)} of {name} to be written" + (f"; {len(tests)} tests are red until then:" if tests else ""))
@@ -75,10 +77,18 @@ def find(source, function):
     return next(iter(named.values()))
 
 
+def graded(source, function, listed):
+    """[the function as grading.json calls it], or [its own name] if it is not graded. ValueError for one that is not there."""
+    line = find(source, function).lineno
+    return [key for key in listed if find(source, key).lineno == line] or [function]
+
+
 def grade(some, functions, papers, write):
     """Which tests of its own paper go red when a function is blank; none of the other papers' may."""
     from mutants import red_tests
     different = 0
+    if lacking := [function for function in functions for own in some.values() if function not in own]:
+        raise ValueError(f"{', '.join(lacking)}: not in tests/grading.json")
     for name, own in some.items():
         for function, listed in own.items():
             if functions and function not in functions:

@@ -9,6 +9,7 @@ what people use instead; in turns, so that all see the same machine, and gives m
 """
 import contextlib
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -55,6 +56,8 @@ def benchmark(*,
         cases = [base | {key: value} for key, values in dict(batch=(4, 8, 16, 32, 64), size=(16, 32, 64), width=(16, 32, 64, 128)).items() for value in values]
     if set(methods) - METHODS.keys() or set(precision) - {"fp32", "bf16"} or set(compile) - {"no", "yes"}:
         raise ValueError("--methods, --precision fp32 bf16 and --compile no yes take only these values")
+    if peers and not all(importlib.util.find_spec(name) for name in ("denoising_diffusion_pytorch", "diffusers")):
+        raise ValueError("--peers needs pip install denoising-diffusion-pytorch diffusers")
     timers = []
     for case in cases:
         case["checkpoint"] = plain(case)
@@ -73,7 +76,7 @@ def benchmark(*,
         row |= dict(images_per_s=got["ours"], ratio=got["ours"] / got["reference"], spread=max(found[i, "ours"]) / min(found[i, "ours"]),
                     gflop=flops / 1e9, share_of_peak=3 * flops * got["ours"] / best, sampled_per_s=got["sampling"], sampling_overhead=got["network"] / got["sampling"] - 1,
                     memory_mb=memory(case, device))
-        row |= {f"times_{peer}": got["ours"] * flops / (got[peer] * PEER_FLOPS[peer]) for peer in PEER_FLOPS if peer in got}
+        row |= {f"times_{peer}": got["ours"] * flops / (got[peer] * case["peers"][peer][3]) for peer in case.get("peers", ())}
         rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     text = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32 peak {best / 1e9:.0f} GFLOP/s, medians of {repeats}\n"
     text += "\n".join(" | ".join(map(str, line)) for line in [list(rows[0]), *[row.values() for row in rows]]) + "\n"
@@ -204,9 +207,6 @@ def memory(case, device):
 
 # What people use instead: their networks of about the same size, their losses, in the step above. Compared by arithmetic done a second, since no two networks are alike.
 
-PEER_FLOPS = {}
-
-
 def peer_step(name, case, steps, device, make):
     if "peers" not in case:
         case["peers"] = {}
@@ -214,9 +214,8 @@ def peer_step(name, case, steps, device, make):
         loss, parameters, forward = make(case, device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             forward()
-        PEER_FLOPS[name] = counter.get_total_flops()
-        case["peers"][name] = loss, list(parameters), torch.optim.Adam(parameters, lr=1e-4)
-    loss, parameters, optimizer = case["peers"][name]
+        case["peers"][name] = loss, list(parameters), torch.optim.Adam(parameters, lr=1e-4), counter.get_total_flops()
+    loss, parameters, optimizer, _ = case["peers"][name]
     x = torch.rand(case["batch"], *case["checkpoint"]["shape"], device=device) * 2 - 1
     for step in range(steps + 2):
         if step == 2:

@@ -1,4 +1,4 @@
-"""What the experiments share: train with flags and measure, draw with several seeds and measure, write tables, plots and the row for README.md."""
+"""What the experiments share: train with flags and measure, draw with several seeds and measure, write tables, plots and a row that says what came out."""
 import datetime
 import functools
 import platform
@@ -20,13 +20,14 @@ from train import hold_out, load
 def trained(run, flags, data, size, steps, n, chain, features, device):
     """Train with these flags in folder `run`, or take the run that is there. Returns its errors by noise level with the Frechet distance of n samples of `chain`
     steps (mean and largest difference of three seeds), and the first seed's samples. Raises ValueError if the run that is there is another one."""
+    line, asked = [*f"--size {size} --steps {steps} --every {steps} --grid 16 {flags} --data".split(), data], run / "flags.txt"
     if not (run / "ckpt.pt").exists():
-        train.main([*f"--size {size} --steps {steps} --every {steps} --grid 16 {flags} --data".split(), data, "--out", str(run)]
-                   + (["--device", device] if device else []))
+        train.main([*line, "--out", str(run)] + (["--device", device] if device else []))
+        asked.write_text(" ".join(line))
+    if not asked.exists() or asked.read_text() != " ".join(line):
+        raise ValueError(f"{run} is another run: " + (asked.read_text() if asked.exists() else "not finished") + "; another --out, or delete it")
     score = Score(run / "ckpt.pt", features, n, 3 if features else 1, 64, device)
     checkpoint, method = score.checkpoint, score.method
-    if checkpoint["step"] != steps or checkpoint["config"]["data"] != data:
-        raise ValueError(f"{run} has {checkpoint['step']} steps on {checkpoint['config']['data']}, not {steps} on {data}: another --out")
     levels = errors(denoiser(method), (score.x[:5000], None), (pixels.to_float(score.held), None), 64, 0, score.device, run.with_name(f"{run.name}-error.csv"))
     row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
     distances, _, _, samples = score(method.sample, dict(steps=chain if checkpoint["method"] in ("edm", "patch_diffusion", "ddpm") else str(chain)))
@@ -44,10 +45,15 @@ class Score:
     def __init__(self, path, features, n, seeds, batch, device):
         if features and not Path(features).is_file():
             raise ValueError(f"no such file: {features}; experiments/features.py trains one")
+        if n < 2 or seeds < 1:
+            raise ValueError(f"needs 2 images or more and 1 seed or more, got {n} and {seeds}")
         self.method, self.checkpoint = load(path, device=device)
         self.device, self.n, self.seeds, self.batch = next(self.method.parameters()).device, n, seeds, batch
         source = self.checkpoint["config"]["data"]
-        (self.x, _), (self.held, _) = hold_out(*load_like(self.checkpoint, source), 0)
+        images, labels = load_like(self.checkpoint, source)
+        (self.x, _), (held, _) = hold_out(images, labels, 0)
+        trained_on = torch.linspace(0, len(images) - 1, len(held)).long() < self.checkpoint["config"].get("overfit", 0)
+        self.held = held[~trained_on]
         self.network = Features(features, self.checkpoint["shape"], self.device) if features else None
         self.statistics = self.network.statistics(self.x, source, 256) if features else None
 
@@ -63,16 +69,17 @@ class Score:
         return distances, cost.seen / cost.n, cost.seconds / cost.n, first
 
     def table(self, cases, path, axis):
-        """Score [(name, steps, sampler, options), ...]; write a .csv, a .png against `axis` where matplotlib is, and a grid, a row a case; the table."""
+        """Score [(name, steps, sampler, options), ...], with another Score at the end of a case that is another network's; write a .csv, a .png against `axis` where matplotlib is, and a grid, a row a case; the table."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows, pictures = [], []
-        for name, steps, sampler, options in cases:
-            distances, evaluations, seconds, x = self(sampler, options)
+        for name, steps, sampler, options, *own in cases:
+            distances, evaluations, seconds, x = (own[0] if own else self)(sampler, options)
             rows.append(dict(sampler=name, steps=steps, evaluations=round(evaluations)) | spread(distances) | dict(seconds=round(seconds, 3)))
             pictures.append(x)
             print(*rows[-1].values(), sep=" | ", flush=True)
-        write(path, rows, f"{self.n} images, mean and largest difference of {self.seeds} seeds, {self.network.name}, {self.device}", pictures)
-        plot(path.with_suffix(".png"), rows, axis, "frechet", "sampler", "spread")
+        write(path, rows, f"{self.n} images, mean and largest difference of {self.seeds} seeds, {self.network.name if self.network else 'not measured'}, {self.device}", pictures)
+        if self.network:
+            plot(path.with_suffix(".png"), rows, axis, "frechet", "sampler", "spread")
         return rows
 
 
@@ -89,7 +96,7 @@ def write(name, rows, note, pictures=(), key=2):
 
 
 def claim(text, paper, ours):
-    """Print a row of the table of claims in experiments/README.md."""
+    """Print what was found as a row of a table: claim, the paper's figure, ours, command, machine, date."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     print(f"| {text} | {paper} | {ours} | `{command}` | {where} | {datetime.date.today()} |")

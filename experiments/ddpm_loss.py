@@ -2,7 +2,7 @@
 
     python experiments/ddpm_loss.py --quick --features digits-features.pt
 
-Trains eps with L_simple and with the bound itself (Eq. 5, one random term a step) alike; writes bits/dim, Frechet distance and grids, and for L_simple rate and
+Trains eps with L_simple and with the bound itself (Eq. 5, one random term a step) alike; writes bits/dim, Frechet distance and grids, and rate and
 distortion along the chain (terms.csv, rate_distortion.png; bits/dim and RMSE of 255) and a strip of progressive generation.
 """
 import csv
@@ -31,10 +31,12 @@ class Bound(DDPM):
 
 
 def ddpm_loss(*,
-              quick: bool = False,        # 700 steps of each and a bound over 100 steps, for two CPU cores
+              quick: bool = False,        # 700 steps of each, a bound over 250 steps and samples of 100, for two CPU cores
               data: str = "digits",       # or what train.py's --data takes
               size: int = 32,             # image size
               steps: int | None = None,   # training steps of 32 images for each; default 50,000, quick 700
+              test: str | None = None,    # images for bits/dim; default those held out
+              bound_n: int | None = None, # how many of them; default 128, quick 16
               n: int = 256,               # samples for the Frechet distance and the grid
               features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
               out: str = "runs/ddpm-loss",  # folder of the runs and ddpm_loss.csv
@@ -50,12 +52,12 @@ def ddpm_loss(*,
             found, x = trained(run, "--method ddpm", data, size, steps, n, 100 if quick else 1000, features, device)
         finally:
             train.METHODS["ddpm"] = DDPM
-        nll = evaluate(run / "ckpt.pt", dict(steps=250) if quick else {}, nll=True, n=16 if quick else 128, device=device)["nll"]
+        nll = evaluate(run / "ckpt.pt", dict(steps=250) if quick else {}, nll=True, n=bound_n or (16 if quick else 128), data=test, device=device)["nll"]
         rows.append(dict(loss=name, bits_per_dim=round(nll["bits_per_dim"], 3), error=round(nll["standard_error"], 3)) | found)
         pictures.append(x)
         lossy += [dict(loss=name, rate=float(row["rate"]), distortion=float(row["distortion"])) for row in csv.DictReader(open(run / "evaluation" / "terms.csv"))]
     sample(out / "simple" / "ckpt.pt", dict(steps=250), strip=True, n=4, out=str(out / "progressive-strip.png"), device=device)
-    write(out / "ddpm_loss.csv", rows, f"{data}, {steps} steps, features: {features}", pictures)
+    write(out / "ddpm_loss.csv", rows, f"{data}, {steps} steps, features: {features}", pictures, 1)
     plot(out / "rate_distortion.png", lossy, "rate", "distortion", "loss", log=False)
     a, b = rows
     claim("L_simple draws better than the bound, and codes worse (DDPM, Tables 1 and 2)", "FID 3.17 and 13.51, bits/dim 3.75 and 3.70",

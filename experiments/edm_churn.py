@@ -22,7 +22,7 @@ WEIGHTS, MEANS, S = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64), torch.te
 
 
 class Mixture:
-    """The exact denoiser of a mixture of three Gaussians, every pixel alike; `error` removes so much of the noise too much."""
+    """The exact denoiser of a mixture of three Gaussians, every pixel alike; `error` removes so much of the noise too much (at sigma < 1, sigma times as much)."""
     sigma_min, sigma_max = 0.002, 80.0
 
     def __init__(self, error=0.0):
@@ -57,15 +57,16 @@ def distance(x, truth):
 def edm_churn(path=None, *,
               features: str = "digits-features.pt",  # TorchScript file for the Frechet distance (experiments/features.py)
               quick: bool = False,         # fewer images, for two CPU cores
-              n: int = 50_000,             # samples of the mixture
+              n: int | None = None,        # samples of the mixture; default 50,000, quick 10,000
               seeds: int = 3,              # times that each is drawn
               out: str = "runs/edm-churn", # folder of the tables
               device: str | None = None):  # cuda, mps or cpu, for the network
     """Write mixture.csv, and churn.csv with a grid where a checkpoint is given."""
     rows, out = [], Path(out)
+    score = Score(path, features, 64 if quick else 2000, seeds, 64, device) if path is not None else None
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    n = n // 5 if quick else n
+    n = n or (10_000 if quick else 50_000)
     truth = MEANS[torch.multinomial(WEIGHTS, n, replacement=True)] + S * torch.randn(n, dtype=torch.float64)
     again = MEANS[torch.multinomial(WEIGHTS, n, replacement=True)] + S * torch.randn(n, dtype=torch.float64)
     print(f"two samples of the truth: {distance(again, truth):.5f}")
@@ -82,8 +83,7 @@ def edm_churn(path=None, *,
     write(out / "mixture.csv", rows, f"{n} samples, Wasserstein-1 distance; S_churn as a share of the steps, .41 is the most that Algorithm 2 adds")
     claim("churn removes a denoiser's errors (EDM, Sec. 4)", "", f"5% error, {evaluations} evaluations: {rows[-1]['algorithm_2_churn_0']} by the ODE, "
         f"{rows[-1]['algorithm_2_churn_0.414214']} with churn, {rows[-1]['euler_maruyama']} by Euler-Maruyama")
-    if path is not None:
-        score = Score(path, features, 64 if quick else 2000, seeds, 64, device)
+    if score:
         ode, steps = functools.partial(ode_sample, denoiser(score.method)), 32
         score.table([(f"S_churn = {churn}", steps, ode, dict(steps=steps, S_churn=churn, S_noise=noise)) for churn, noise in ((0, 1.0), (5, 1.003), (10, 1.003), (20, 1.0), (20, 1.003))],
                     out / "churn.csv", "evaluations")

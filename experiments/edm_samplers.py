@@ -1,4 +1,4 @@
-"""EDM's claim on samplers: the same quality from far fewer evaluations of one network that was trained as a DDPM (Fig. 2, Table 2 A to D).
+"""EDM's claim on samplers: the same quality from far fewer evaluations of one network that was trained as a DDPM (Fig. 2, Table 3).
 
     python experiments/features.py --data digits && python experiments/edm_samplers.py runs/ddpm/ckpt.pt --features digits-features.pt --quick
 
@@ -25,6 +25,8 @@ def edm_samplers(path, *,
                  device: str | None = None):    # cuda, mps or cpu
     """Draw, measure, write. Raises ValueError for a file that is none."""
     score = Score(path, features, n or (64 if quick else 2000), seeds, batch, device)
+    if getattr(score.method, "T", 0) < 250:
+        raise ValueError(f"{path} is not of a DDPM (or Improved DDPM, PDM) with 250 steps or more")
     D, own = denoiser(score.method), score.method.sample
     ode = functools.partial(ode_sample, D)
     old = dict(discretization="vp", schedule="vp", scaling="vp")
@@ -33,8 +35,8 @@ def edm_samplers(path, *,
     cases += [("Euler", steps, ode, dict(steps=steps, solver="euler")) for steps in ((18, 35) if quick else (10, 18, 35, 79))]
     cases += [("Heun", steps, ode, dict(steps=steps)) for steps in ((5, 9, 18) if quick else (5, 9, 18, 40))]
     cases += [(name, 18, ode, dict(steps=18) | options) for name, options in (
-        ("A: Euler, all VP", old | dict(solver="euler", steps=35)), ("B: Heun, all VP", old),
-        ("C: Heun, EDM levels", old | dict(discretization="edm")), ("D: sigma = t, s = 1", {}))]
+        ("Euler, all VP", old | dict(solver="euler", steps=35)), ("Heun, all VP", old),
+        ("Heun, EDM levels", old | dict(discretization="edm")), ("Heun, all EDM", {}))]
     cases += [(f"rho = {rho}", 18, ode, dict(steps=18, rho=rho)) for rho in (3, 5, 7, 9)]
     found = {(line["sampler"], line["steps"]): line for line in score.table(cases, Path(out) / "edm_samplers.csv", "evaluations")}
     one, two = found["ancestral", 250], found["Heun", 18]

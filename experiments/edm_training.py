@@ -1,4 +1,4 @@
-"""EDM's claim on training: each of its parts helps (Table 2, E and F).   python experiments/edm_training.py --quick --features digits-features.pt
+"""EDM's claim on training: each of its parts helps (Table 2, C to F).   python experiments/edm_training.py --quick --features digits-features.pt
 
 Trains four networks alike: VP's preconditioning, noise levels and weight; EDM's preconditioning; EDM's noise levels and weight too; and augmentation. All are drawn by
 Heun on EDM's noise levels, so that only training differs. Writes the error by noise level, the Frechet distance and a grid for each.
@@ -32,7 +32,7 @@ def edm_training(*,
         found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)
         pictures.append(x)
-    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps, features: {features}", pictures)
+    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps, features: {features}", pictures, 1)
     claim("each part of EDM's training helps (EDM, Table 2, C to F)", "VP, CIFAR-10: FID 2.31, 2.29, 2.05, 1.97", "Frechet " + ", ".join(f"{line['training']} {line.get('frechet')}" for line in rows))
 
 

@@ -50,8 +50,8 @@ def iddpm_schedule(*,
             train.main([*f"--method iddpm --schedule {schedule} --objective {objective} --T {T} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
                        + (["--device", device] if device else []))
         state = read(run / "ckpt.pt")
-        if state["config"]["T"] != T or state["step"] != steps:
-            raise ValueError(f"{run} has T = {state['config']['T']} and {state['step']} steps, not {T} and {steps}: another --out")
+        if (state["config"]["T"], state["step"], state["config"]["data"]) != (T, steps, data):
+            raise ValueError(f"{run} has T = {state['config']['T']} and {state['step']} steps on {state['config']['data']}, not {T} and {steps} on {data}: another --out")
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])

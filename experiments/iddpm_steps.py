@@ -3,7 +3,7 @@
     python train.py --method iddpm --out runs/hybrid && python train.py --method iddpm --objective simple --out runs/simple
     python experiments/iddpm_steps.py runs/hybrid/ckpt.pt runs/simple/ckpt.pt --features digits-features.pt --quick
 
-Draws from the first by its learned variance, from the second by both fixed ones (beta, beta_tilde) and by DDIM, in 10 to all steps; writes a table, a plot if
+Draws from the first by its learned variance, from the second by both fixed ones (beta, beta_tilde) and by DDIM, in 10 to 100 steps (without --quick 25 to 1000); writes a table, a plot if
 matplotlib is there, and a grid.
 """
 import sys
@@ -33,7 +33,7 @@ def iddpm_steps(learned, fixed, *,
             two.method.variance = name
             return two.method.sample(noise, y, **options)
         return sampler
-    cases = [("learned", k, one.method.sample, dict(steps=str(k))) for k in chains]
+    cases = [("learned", k, one.method.sample, dict(steps=str(k)), one) for k in chains]
     cases += [(f"fixed, {name}", k, with_variance(variance), dict(steps=str(k))) for name, variance in (("beta", "large"), ("beta_tilde", "small")) for k in chains]
     cases += [("DDIM", k, two.method.sample, dict(steps=str(k), eta=0.0)) for k in chains]
     found = {(line["sampler"], line["steps"]): line.get("frechet") for line in two.table(cases, Path(out) / "iddpm_steps.csv", "steps")}

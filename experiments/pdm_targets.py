@@ -34,7 +34,7 @@ def pdm_targets(*,
             rows.append(dict(P=P, predict=target, weight=weight) | found)
             pictures.append(x)
     write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"features: {features}, {n} samples in {chain} steps", pictures, 3)
-    claim("with patches x is the robust target (PDM)", "", "Frechet " + ", ".join(
+    claim("x and v are robust targets, eps is not, least of all with patches (PDM)", "", "Frechet " + ", ".join(
         f"P = {line['P']} {line['predict']} {line.get('frechet')}" for line in rows if line["weight"] == "sqrt_snr"))
 
 

@@ -9,6 +9,7 @@ is the same (those that no test noticed only while the tests are the same too), 
 """
 import argparse
 import ast
+import collections
 import copy
 import gc
 import hashlib
@@ -31,11 +32,12 @@ PAPERS = ("ddpm.py", "iddpm.py", "pdm.py", "edm.py", "patch_diffusion.py")
 SECONDS = 90  # a mutant that runs so long is noticed
 
 EQUIVALENT = {  # (file, its line): {the change, None for any: why no test can tell}
-    ("ddpm.py", "if not 0 <= (eta or 0) <= 1:"): {"0 -> 1": "eta = 0 and no eta are both allowed"},
-    ("ddpm.py", "if not 1 <= steps <= self.T:"): {"1 <= steps <= self.T -> 1 < steps <= self.T": "one step was dealt with above"},
+    ("ddpm.py", "alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])"): {"0 -> -1": "it has one dimension"},
+    ("ddpm.py", "if not 0 <= (eta or 0) <= 1:"): {"0 -> 1 #2": "eta = 0 and no eta are both allowed"},
+    ("ddpm.py", "if not 1 <= steps <= self.T:"): {"1 <= steps <= self.T -> 1 < steps <= self.T": "one step was dealt with above", "1 -> 2": "one step was dealt with above"},
     ("ddpm.py", "mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])"): {"2 -> 3": "only the first two are read"},
     ("ddpm.py", "def log_beta_tilde(self, t, s, first=(1, 2)):"): {None: "where the default is taken it only fills the branch that s = 0 does not select"},
-    ("ddpm.py", "return self.beta_tilde(torch.where(s > 0, t, first[1]), torch.where(s > 0, s, first[0])).log()"): {"0 -> 1": "s = 1 is first[0] itself"},
+    ("ddpm.py", "return self.beta_tilde(torch.where(s > 0, t, first[1]), torch.where(s > 0, s, first[0])).log()"): {"0 -> 1 #2": "s = 1 is first[0] itself"},
     ("ddpm.py", "prior = normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar).log(), 0, 0 * alpha_bar).flatten(1).mean(1) / math.log(2)"): {
         "0 * alpha_bar -> 0 / alpha_bar": "0 either way"},
     ("ddpm.py", "upper = torch.where(x_0 > 0.999, 1.0, cdf(x_0 + 1 / 255))"): {"x_0 > 0.999 -> x_0 >= 0.999": "no pixel has that value"},
@@ -63,8 +65,7 @@ EQUIVALENT = {  # (file, its line): {the change, None for any: why no test can t
         "2 * uniform[:, 8] - 1 -> 2 * uniform[:, 8] + 1": "a full turn either way", "1 -> 2": "a full turn either way", "1 -> 0": "a full turn either way"},
     ("edm.py", "axis, stretch = on[4] * math.pi * (2 * uniform[:, 9] - 1), on[4] * normal[:, 1]"): {
         "2 * uniform[:, 9] - 1 -> 1 - 2 * uniform[:, 9]": "as likely", "2 * uniform[:, 9] - 1 -> 2 * uniform[:, 9]": "a full turn either way",
-        "2 * uniform[:, 9] - 1 -> 2 * uniform[:, 9] + 1": "a full turn either way", "1 -> 2": "a full turn either way", "1 -> 0": "a full turn either way", "9 -> 10": "a number of its own either way",
-        "2 -> 1": "with the sign of a_5 every axis is as likely", "2 -> 3": "with the sign of a_5 every axis is as likely"},
+        "2 * uniform[:, 9] - 1 -> 2 * uniform[:, 9] + 1": "a full turn either way", "1 -> 2": "a full turn either way", "1 -> 0": "a full turn either way", "9 -> 10": "a number of its own either way"},
     ("edm.py", "back = scale(1 - 2 * flip_x, 1 - 2 * flip_y) @ scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves)) @ rotation(angle)"): {
         "scale(1 - 2 * flip_x, 1 - 2 * flip_y) @ scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves)) -> scale(1 - 2 * flip_x, 1 - 2 * flip_y) * scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves))":
             "of diagonal matrices both products are one"},
@@ -133,8 +134,8 @@ def inside(tree):
 
 
 def mutants(source):
-    """[(line number, line, what stands there instead, mutated source), ...]"""
-    lines, found = source.splitlines(keepends=True), []
+    """[(line number, line, the change, mutated source), ...]; the second equal change in a line ends in #2."""
+    lines, found, times = source.splitlines(keepends=True), [], collections.Counter()
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line.encode()))
@@ -154,7 +155,10 @@ def mutants(source):
                 compile(mutated, "mutant", "exec")
             except SyntaxError:
                 continue
-            found.append((node.lineno, lines[node.lineno - 1].split("  #")[0].strip(), f"{raw[begin:end].decode()} -> {text[1:-1]}", mutated))
+            change = f"{raw[begin:end].decode()} -> {text[1:-1]}"
+            times[node.lineno, change] += 1
+            number = f" #{times[node.lineno, change]}" if times[node.lineno, change] > 1 else ""
+            found.append((node.lineno, lines[node.lineno - 1].split("  #")[0].strip(), change + number, mutated))
     return found
 
 
@@ -219,7 +223,7 @@ def main():
     parser.add_argument("--sample", type=int, default=10 ** 9, help="at most so many mutants of each file, at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--list", action="store_true", help="name the survivors that are known to be equivalent too")
+    parser.add_argument("--list", action="store_true", help="name all survivors, with the reason where they are equivalent")
     parser.add_argument("--out", default=str(HERE / "mutants.jsonl"), help="results so far")
     arguments = parser.parse_args()
     jobs, out = [], Path(arguments.out)
@@ -229,8 +233,8 @@ def main():
         version, tests = (hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (HERE / name, HERE / f"tests/test_{name}"))
         some = mutants(source)
         random.Random(arguments.seed).shuffle(some)
-        jobs += [dict(file=name, version=version, tests=tests, line=line, text=text, change=change, mutated=mutated) for line, text, change, mutated in some[:arguments.sample]]
-    key = lambda job: (job["file"], job["version"], job["line"], job["change"], hashlib.sha256(job["mutated"].encode()).hexdigest()[:12] if "mutated" in job else job["which"])
+        jobs += [dict(file=name, version=version, tests=tests, line=line, text=text, change=change, mutated=mutated, which=hashlib.sha256(mutated.encode()).hexdigest()[:12]) for line, text, change, mutated in some[:arguments.sample]]
+    key = lambda job: (job["file"], job["version"], job["which"])
     known = {key(result): result for result in map(json.loads, out.read_text().splitlines() if out.exists() else [])}
     left = [job for job in jobs if key(job) not in known or known[key(job)]["noticed_by"] is None and known[key(job)]["tests"] != job["tests"]]
     print(f"{len(jobs)} mutants, {len(left)} to try", flush=True)
@@ -242,7 +246,7 @@ def main():
             for job in left[k::arguments.processes]:
                 near = sorted((result for result in seen if result["file"] == job["file"]), key=lambda result: abs(result["line"] - job["line"]))
                 red = red_tests(job["file"], job["mutated"], "-x", first=dict.fromkeys(result["noticed_by"] for result in near))   # what noticed its neighbours
-                result = {name: value for name, value in job.items() if name != "mutated"} | dict(which=key(job)[-1], noticed_by=next(iter(red), None))
+                result = {name: value for name, value in job.items() if name != "mutated"} | dict(noticed_by=next(iter(red), None))
                 seen += [result] if red else []
                 with open(out, "a") as file:
                     file.write(json.dumps(result) + "\n")
@@ -256,15 +260,15 @@ def main():
     print("file | mutants | equivalent | noticed | of the others")
     worst = 1.0
     for name in arguments.files:
-        own = [known[key(job)] for job in jobs if job["file"] == name]
+        own = [known[key(job)] | dict(change=job["change"]) for job in jobs if job["file"] == name]
         alive = [result for result in own if result["noticed_by"] is None]
         reason = lambda result: (found := EQUIVALENT.get((name, result["text"]), {})).get(result["change"]) or found.get(None)
         same = [result for result in alive if reason(result)]
         share = 1 - (len(alive) - len(same)) / max(1, len(own) - len(same))
         worst = min(worst, share)
         print(f"{name} | {len(own)} | {len(same)} | {len(own) - len(alive)} | {share:.1%}")
-        for result in same if arguments.list else ():
-            print(f"    equivalent, line {result['line']}: {result['change']}: {reason(result)}")
+        for result in alive if arguments.list else ():
+            print(f"    line {result['line']}: {result['change']}: {reason(result) or 'not noticed'}")
     return int(worst < 0.95)
 
 

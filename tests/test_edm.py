@@ -361,7 +361,7 @@ def test_the_labels_tell_exactly_where_each_pixel_came_from():
     H, W, B = 24, 32, 64
     warped, labels = augment(ramps().expand(B, 2, H, W), 1.0)
     p = ramps().flatten(1).double()                                    # (2, H W)
-    checked = 0
+    checked, signs = 0, []
     def turn(cos, sin):
         return torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
     for image, (a0, a1, a2, c, s, u, v, a6, a7) in zip(warped.double(), labels.double()):
@@ -374,8 +374,10 @@ def test_the_labels_tell_exactly_where_each_pixel_came_from():
             inside = (source[0].abs() < W / 2 - 1) & (source[1].abs() < H / 2 - 1)
             misfit.append((image.flatten(1) - source)[:, inside].abs().max())
         assert min(misfit) < 1e-3 < max(misfit)
+        signs.append((1 if misfit[0] < misfit[1] else -1) * (1 if v > 0 else -1))
         checked += inside.sum()
     assert checked > 0.3 * B * H * W
+    assert abs(sum(signs)) < 5 * B ** 0.5                              # each label belongs as often to a stretch as to a squeeze
 
 
 def test_each_transform_has_its_share_and_its_spread():
