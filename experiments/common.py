@@ -17,15 +17,26 @@ from sample import Cost, draw
 from train import hold_out, load
 
 
-def trained(run, flags, data, size, steps, n, chain, features, device):
-    """Train with these flags in folder `run`, or take the run that is there. Returns its errors by noise level with the Frechet distance of n samples of `chain`
-    steps (mean and largest difference of three seeds), and the first seed's samples. Raises ValueError if the run that is there is another one."""
-    line, asked = [*f"--size {size} --steps {steps} --every {steps} --grid 16 {flags} --data".split(), data], run / "flags.txt"
+def check(features):
+    if features and not Path(features).is_file():
+        raise ValueError(f"no such file: {features}; experiments/features.py trains one")
+
+
+def run_once(run, flags, data, steps, device):
+    """Train with these flags in folder `run`, or leave the run that is there. Raises ValueError if that is another one."""
+    line, asked = [*f"--steps {steps} --every {steps} --grid 16 {flags} --data".split(), data], run / "flags.txt"
     if not (run / "ckpt.pt").exists():
         train.main([*line, "--out", str(run)] + (["--device", device] if device else []))
         asked.write_text(" ".join(line))
     if not asked.exists() or asked.read_text() != " ".join(line):
         raise ValueError(f"{run} is another run: " + (asked.read_text() if asked.exists() else "not finished") + "; another --out, or delete it")
+
+
+def trained(run, flags, data, size, steps, n, chain, features, device):
+    """What `run_once` trained: its errors by noise level with the Frechet distance of n samples of `chain`
+    steps (mean and largest difference of three seeds), and the first seed's samples."""
+    check(features)
+    run_once(run, f"--size {size} {flags}", data, steps, device)
     score = Score(run / "ckpt.pt", features, n, 3 if features else 1, 64, device)
     checkpoint, method = score.checkpoint, score.method
     levels = errors(denoiser(method), (score.x[:5000], None), (pixels.to_float(score.held), None), 64, 0, score.device, run.with_name(f"{run.name}-error.csv"))
@@ -43,8 +54,7 @@ class Score:
     """Frechet distance of what a sampler draws from one checkpoint, over several seeds; without a features file only the drawing."""
 
     def __init__(self, path, features, n, seeds, batch, device):
-        if features and not Path(features).is_file():
-            raise ValueError(f"no such file: {features}; experiments/features.py trains one")
+        check(features)
         if n < 2 or seeds < 1:
             raise ValueError(f"needs 2 images or more and 1 seed or more, got {n} and {seeds}")
         self.method, self.checkpoint = load(path, device=device)

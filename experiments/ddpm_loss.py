@@ -43,8 +43,6 @@ def ddpm_loss(*,
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out, steps, rows, pictures, lossy = Path(out), steps or (700 if quick else 50_000), [], [], []
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}")
     for name, cls in (("L_simple", DDPM), ("L, the bound", Bound)):
         run = out / ("simple" if cls is DDPM else "bound")
         train.METHODS["ddpm"] = cls                                           # the checkpoint is an ordinary DDPM's

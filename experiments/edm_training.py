@@ -26,8 +26,6 @@ def edm_training(*,
                  device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out, steps, rows, pictures = Path(out), steps or (500 if quick else 20_000), [], []
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}")
     for k, (name, flags) in enumerate(LADDER.items()):
         found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)

@@ -11,12 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as pixels
-import train
 from ddpm import linear_betas
 from evaluate import evaluate, table
 from iddpm import IDDPM, cosine_betas
-from common import claim, write
-from train import command, read, script
+from common import claim, plot, run_once, write
+from train import command, script
 
 CASES = [("linear", "simple"), ("cosine", "simple"), ("cosine", "hybrid"), ("cosine", "vlb")]
 
@@ -40,18 +39,16 @@ def iddpm_schedule(*,
     x, eps = pixels.to_float(images[:1]), torch.randn(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     rows = [alpha_bar(name)[torch.linspace(0, 999, 8).long()].float().view(8, 1, 1, 1) for name in ("linear", "cosine")]
     pixels.save_grid(torch.cat([a.sqrt() * x + (1 - a).sqrt() * eps for a in rows]), out / "fig3.png", 8, ["linear", "cosine"])
-    plots(out)
+    plot(out / "fig1.png", [{"T": f"T = {k}", "t / T": t / k, "beta_tilde / beta": ratio} for k in (100, 1000, 4000) for t, ratio in variance_ratio(k)],
+         "t / T", "beta_tilde / beta", "T", log=False)
+    plot(out / "fig5.png", [{"schedule": k, "t / T": t / 1000, "alpha_bar": a.item()} for k in ("linear", "cosine") for t, a in enumerate(alpha_bar(k), 1)],
+         "t / T", "alpha_bar", "schedule", log=False)
     if not train_runs:
         return
     rows = []
     for schedule, objective in CASES:
         run = out / f"{schedule}-{objective}"
-        if not (run / "ckpt.pt").exists():
-            train.main([*f"--method iddpm --schedule {schedule} --objective {objective} --T {T} --steps {steps} --every {steps} --grid 16 --data".split(), data, "--out", str(run)]
-                       + (["--device", device] if device else []))
-        state = read(run / "ckpt.pt")
-        if (state["config"]["T"], state["step"], state["config"]["data"]) != (T, steps, data):
-            raise ValueError(f"{run} has T = {state['config']['T']} and {state['step']} steps on {state['config']['data']}, not {T} and {steps} on {data}: another --out")
+        run_once(run, f"--method iddpm --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])
@@ -70,22 +67,6 @@ def variance_ratio(T):
 
 def alpha_bar(name, T=1000):
     return (1 - (linear_betas(T) if name == "linear" else cosine_betas(T))).cumprod(0)
-
-
-def plots(out):
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print(f"no plots: matplotlib is not installed; the figures are in {out}/fig1.csv and fig5.csv")
-    for name, x, columns in (("fig1", "t_of_T", ("ratio",)), ("fig5", "t_of_T", ("linear", "cosine"))):
-        rows = list(csv.DictReader(open(out / f"{name}.csv")))
-        for group in sorted({row.get("T", "") for row in rows}, key=lambda k: int(k or 0)):
-            own = [row for row in rows if row.get("T", "") == group]
-            for column in columns:
-                plt.plot([float(row[x]) for row in own], [float(row[column]) for row in own], label=f"T = {group}" if group else column)
-        plt.xlabel("t / T"), plt.ylabel("beta_tilde / beta" if name == "fig1" else "alpha_bar"), plt.legend()
-        plt.savefig(out / f"{name}.png", dpi=120)
-        plt.close()
 
 
 main = script(iddpm_schedule, __doc__)

@@ -26,8 +26,6 @@ def patch_diffusion_p(*,
                       device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out, steps, rows, pictures = Path(out), steps or (250 if quick else 20_000), [], []
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}")
     cases = [(p, "stochastic", 0) for p in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)] + [(0.5, "progressive", 0), (0.5, "stochastic", small), (1.0, "stochastic", small)]
     for p, sizes, some in cases:
         run = out / f"{Path(data).stem}-{size}-p{p}-{sizes}-{some or 'all'}"

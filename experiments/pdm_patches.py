@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import build, command, flags_of, pick_device, script, to_device
 from unet import UNet
-from common import claim, plot, trained, write
+from common import check, claim, plot, trained, write
 
 
 def pdm_patches(*,
@@ -35,8 +35,7 @@ def pdm_patches(*,
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out = Path(out)
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}")
+    check(features)
     rows, pictures = {P: dict(P=P) | cost for P, cost in costs(size, patches, batch, repeats, device).items()}, []
     for P in patches if not speed else ():
         found, x = trained(out / f"{Path(data).stem}-{size}-P{P}", f"--method pdm --patch {P}", data, size, steps, n, chain, features, device)

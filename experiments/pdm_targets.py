@@ -25,8 +25,6 @@ def pdm_targets(*,
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out, rows, pictures = Path(out), [], []
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}")
     for P in patches:
         for target, weight in CASES:
             run = out / f"{Path(data).stem}-{size}-P{P}-{target}-{weight}"

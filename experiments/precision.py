@@ -28,8 +28,6 @@ def precision(*,
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the tables. A run that is there already is used as it is."""
     out, steps, size, rows, pictures, losses = Path(out), steps or (600 if quick else 6000), size or (16 if quick else 32), [], [], []
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}")
     flags = f"--method {method} {'--width 32 --patch 2' if quick and method == 'pdm' else ''} {flags} --every {max(1, steps // 20)}"
     for name, own in CASES.items():
         run = out / name.replace(", ", "-").replace(" ", "-")
