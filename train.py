@@ -43,7 +43,7 @@ FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000,
 DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2300, P_mean=0.0),
             "patch_diffusion": FULL_GRID | dict(steps=2600)}
 
-VERSION = 1  # of the checkpoint's layout
+VERSION = 2  # of the checkpoint's layout
 FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile", "cooldown"}  # what --resume may change; data may move, not change
 RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), keep=(0, 1e6), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
               lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), cooldown=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),

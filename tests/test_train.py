@@ -381,7 +381,7 @@ def test_foreign_checkpoints_are_refused(do, tmp_path):
     torch.save(own | dict(config=own["config"] | dict(T=10 ** 12)), tmp_path / "endless.pt")
     torch.save(own | dict(config=own["config"] | dict(mults="12")), tmp_path / "odd.pt")
     torch.save(own | dict(shape=[3, 8]), tmp_path / "flat.pt")
-    torch.save(own | dict(version=2), tmp_path / "later.pt")
+    torch.save(own | dict(version=own["version"] + 1), tmp_path / "later.pt")
     torch.save(own | dict(ema={k: 1 for k in own["ema"]}), tmp_path / "numbers.pt")
     for name in ("junk", "other", "pickled", "hollow", "missing", "giant", "endless", "odd", "flat", "later", "numbers"):
         code, _, err = do(sample, f"{name}.pt")
