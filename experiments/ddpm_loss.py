@@ -1,6 +1,7 @@
 """DDPM's claim: L_simple draws better images than the bound that it comes from, and codes them worse (Table 2); and what the chain decides when (Figs. 5, 6).
 
-    python experiments/ddpm_loss.py --quick --features digits-features.pt
+    python experiments/features.py --size 16 --out digits16-features.pt
+    python experiments/ddpm_loss.py --quick --features digits16-features.pt
 
 Trains eps with L_simple and with the bound itself (Eq. 5, one random term a step) alike; writes bits/dim, Frechet distance and grids, and rate and
 distortion along the chain (terms.csv, rate_distortion.png; bits/dim and RMSE of 255) and a strip of progressive generation.
@@ -31,18 +32,19 @@ class Bound(DDPM):
 
 
 def ddpm_loss(*,
-              quick: bool = False,        # 700 steps of each, a bound over 250 steps and samples of 100, for two CPU cores
+              quick: bool = False,        # 16x16, 2,000 steps of each, a bound over 250 steps and samples of 100, for two CPU cores
               data: str = "digits",       # or what train.py's --data takes
-              size: int = 32,             # image size
-              steps: int | None = None,   # training steps of 32 images for each; default 50,000, quick 700
+              size: int | None = None,    # image size; default 32, quick 16
+              steps: int | None = None,   # training steps of 32 images for each; default 50,000, quick 2,000
               test: str | None = None,    # images for bits/dim; default those held out
               bound_n: int | None = None, # how many of them; default 128, quick 16
-              n: int = 256,               # samples for the Frechet distance and the grid
+              n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
               features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
               out: str = "runs/ddpm-loss",  # folder of the runs and ddpm_loss.csv
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out, steps, rows, pictures, lossy = Path(out), steps or (700 if quick else 50_000), [], [], []
+    steps, size, n = steps or (2000 if quick else 50_000), size or (16 if quick else 32), n or (128 if quick else 2000)
+    out, rows, pictures, lossy = Path(out), [], [], []
     for name, cls in (("L_simple", DDPM), ("L, the bound", Bound)):
         run = out / ("simple" if cls is DDPM else "bound")
         train.METHODS["ddpm"] = cls                                           # the checkpoint is an ordinary DDPM's

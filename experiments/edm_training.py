@@ -1,4 +1,7 @@
-"""EDM's claim on training: each of its parts helps (Table 2, C to F).   python experiments/edm_training.py --quick --features digits-features.pt
+"""EDM's claim on training: each of its parts helps (Table 2, C to F).
+
+    python experiments/features.py --size 16 --out digits16-features.pt
+    python experiments/edm_training.py --quick --features digits16-features.pt
 
 Trains four networks alike: VP's preconditioning, noise levels and weight; EDM's preconditioning; EDM's noise levels and weight too; and augmentation. All are drawn by
 Heun on EDM's noise levels, so that only training differs. Writes the error by noise level, the Frechet distance and a grid for each.
@@ -15,17 +18,18 @@ LADDER = {"VP": "--precond vp", "EDM preconditioning": "--precond edm --p_train 
 
 
 def edm_training(*,
-                 quick: bool = False,        # 500 steps of each, for two CPU cores
+                 quick: bool = False,        # 16x16 and 1,000 steps of each, for two CPU cores
                  data: str = "digits",       # or what train.py's --data takes
-                 size: int = 32,             # image size
-                 steps: int | None = None,   # training steps of 32 images for each; default 20,000, quick 500
+                 size: int | None = None,    # image size; default 32, quick 16
+                 steps: int | None = None,   # training steps of 32 images for each; default 20,000, quick 1,000
                  P_mean: float = 0.0,        # centre of ln(sigma) in EDM's loss; the paper's -1.2 suits long runs
-                 n: int = 256,               # samples for the Frechet distance and the grid
+                 n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
                  features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
                  out: str = "runs/edm-training",  # folder of the runs and edm_training.csv
                  device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out, steps, rows, pictures = Path(out), steps or (500 if quick else 20_000), [], []
+    steps, size, n = steps or (1000 if quick else 20_000), size or (16 if quick else 32), n or (128 if quick else 2000)
+    out, rows, pictures = Path(out), [], []
     for k, (name, flags) in enumerate(LADDER.items()):
         found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)

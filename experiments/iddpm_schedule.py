@@ -21,8 +21,9 @@ CASES = [("linear", "simple"), ("cosine", "simple"), ("cosine", "hybrid"), ("cos
 
 
 def iddpm_schedule(*,
-                   quick: bool = False,        # T = 250, 1,000 steps and 64 test images, for two CPU cores
+                   quick: bool = False,        # 16x16, T = 250, 1,000 steps and 64 test images, for two CPU cores
                    data: str = "digits",       # or what train.py's --data takes
+                   size: int | None = None,    # image size; default 32, quick 16
                    test: str | None = None,    # images to measure; default those held out
                    T: int | None = None,       # diffusion steps; default 4000, quick 250
                    steps: int | None = None,   # training steps; default 100,000, quick 1,000
@@ -32,10 +33,11 @@ def iddpm_schedule(*,
                    device: str | None = None): # cuda, mps or cpu
     """Figures first, then Table 2. A run that is there already is used as it is."""
     out, T, steps, n = Path(out), T or (250 if quick else 4000), steps or (1000 if quick else 100_000), n or (64 if quick else 128)
+    size = size or (16 if quick else 32)
     out.mkdir(parents=True, exist_ok=True)
     table(out / "fig1.csv", [dict(T=k, t_of_T=round(t / k, 4), ratio=f"{ratio:.6g}") for k in (100, 1000, 4000) for t, ratio in variance_ratio(k)])
     table(out / "fig5.csv", [dict(t_of_T=t / 1000, linear=f"{a:.6g}", cosine=f"{b:.6g}") for t, a, b in zip(range(1, 1001), *(alpha_bar(k) for k in ("linear", "cosine")))])
-    images, _, _ = pixels.load(data)
+    images, _, _ = pixels.load(data, (size,))
     x, eps = pixels.to_float(images[:1]), torch.randn(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     rows = [alpha_bar(name)[torch.linspace(0, 999, 8).long()].float().view(8, 1, 1, 1) for name in ("linear", "cosine")]
     pixels.save_grid(torch.cat([a.sqrt() * x + (1 - a).sqrt() * eps for a in rows]), out / "fig3.png", 8, ["linear", "cosine"])
@@ -48,7 +50,7 @@ def iddpm_schedule(*,
     rows = []
     for schedule, objective in CASES:
         run = out / f"{schedule}-{objective}"
-        run_once(run, f"--method iddpm --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
+        run_once(run, f"--size {size} --method iddpm --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])

@@ -1,6 +1,7 @@
 """Patch Diffusion's claim: crops make training about twice as fast at no cost in quality, if some steps see whole images (Table and Figs. 2, 3).
 
-    python experiments/patch_diffusion_p.py --quick --features digits-features.pt
+    python experiments/features.py --size 16 --out digits16-features.pt
+    python experiments/patch_diffusion_p.py --quick --features digits16-features.pt
 
 Trains p = 0, .1, .25, .5, .75 and 1 alike, p = .5 with progressive sizes too, and p = .5 and 1 on a small part of the data; writes the seconds of training, the error by
 noise level, the Frechet distance and a grid for each. (Not called patch_diffusion.py: it would hide the paper's file.)
@@ -15,17 +16,18 @@ from common import claim, trained, write
 
 
 def patch_diffusion_p(*,
-                      quick: bool = False,        # 250 steps of each, for two CPU cores
+                      quick: bool = False,        # 16x16 and 600 steps of each, for two CPU cores
                       data: str = "digits",       # or what train.py's --data takes
-                      size: int = 32,             # image size
-                      steps: int | None = None,   # training steps of 32 whole images for each; default 20,000, quick 250
+                      size: int | None = None,    # image size; default 32, quick 16
+                      steps: int | None = None,   # training steps of 32 whole images for each; default 20,000, quick 600
                       small: int = 500,           # images of the small data set
-                      n: int = 256,               # samples for the Frechet distance and the grid
+                      n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
                       features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
                       out: str = "runs/patch-diffusion-p",  # folder of the runs and patch_diffusion_p.csv
                       device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out, steps, rows, pictures = Path(out), steps or (250 if quick else 20_000), [], []
+    steps, size, n = steps or (600 if quick else 20_000), size or (16 if quick else 32), n or (128 if quick else 2000)
+    out, rows, pictures = Path(out), [], []
     cases = [(p, "stochastic", 0) for p in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)] + [(0.5, "progressive", 0), (0.5, "stochastic", small), (1.0, "stochastic", small)]
     for p, sizes, some in cases:
         run = out / f"{Path(data).stem}-{size}-p{p}-{sizes}-{some or 'all'}"

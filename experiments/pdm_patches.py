@@ -1,4 +1,7 @@
-"""PDM's evidence: how patch sizes compare.   python experiments/pdm_patches.py
+"""PDM's evidence: how patch sizes compare.
+
+    python experiments/features.py --size 16 --out digits16-features.pt
+    python experiments/pdm_patches.py --quick --features digits16-features.pt
 
 Trains P = 1, 2, 4, 8 alike (same U-Net, same images), then measures for each: error of the x_0-prediction against the noise
 level (the curves should part only at low noise), seconds a training step, seconds and peak memory of a sample, Frechet
@@ -21,11 +24,12 @@ from common import check, claim, plot, trained, write
 
 
 def pdm_patches(*,
+                quick: bool = False,        # 16x16 and 800 steps of each, for two CPU cores
                 data: str = "digits",       # digits, or what train.py's --data takes
-                size: int = 32,             # image size
+                size: int | None = None,    # image size; default 32, quick 16
                 patches: tuple[int, ...] = (1, 2, 4, 8),  # patch sizes to compare
-                steps: int = 500,           # training steps of 32 images for each
-                n: int = 256,               # samples for the Frechet distance and the grid
+                steps: int | None = None,   # training steps of 32 images for each; default 10,000, quick 800
+                n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
                 chain: int = 50,            # sampling steps
                 batch: int = 16,            # images at a time where speed and memory are measured
                 repeats: int = 5,           # timings, interleaved; the median counts
@@ -34,7 +38,7 @@ def pdm_patches(*,
                 out: str = "runs/pdm-patches",  # folder of the runs, pdm_patches.csv and the grids
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    out = Path(out)
+    out, steps, size, n = Path(out), steps or (800 if quick else 10_000), size or (16 if quick else 32), n or (128 if quick else 2000)
     check(features)
     rows, pictures = {P: dict(P=P) | cost for P, cost in costs(size, patches, batch, repeats, device).items()}, []
     for P in patches if not speed else ():

@@ -1,4 +1,7 @@
-"""PDM's other finding: which training target and weight are robust.   python experiments/pdm_targets.py
+"""PDM's other finding: which training target and weight are robust.
+
+    python experiments/features.py --size 16 --out digits16-features.pt
+    python experiments/pdm_targets.py --quick --features digits16-features.pt
 
 Trains x, eps and v, and for x the weights 1, sqrt_snr and snr, with and without patches, all alike; writes the error of the
 x_0-prediction by noise level, the Frechet distance where --features is given, and a grid of samples for each.
@@ -14,16 +17,18 @@ CASES = [("x", "sqrt_snr"), ("x", "1"), ("x", "snr"), ("v", "sqrt_snr"), ("eps",
 
 
 def pdm_targets(*,
+                quick: bool = False,        # 16x16 and 250 steps of each, for two CPU cores
                 data: str = "digits",       # digits, or what train.py's --data takes
-                size: int = 16,             # image size
+                size: int | None = None,    # image size; default 32, quick 16
                 patches: tuple[int, ...] = (1, 4),  # patch sizes
-                steps: int = 800,           # training steps of 32 images for each
-                n: int = 256,               # samples for the Frechet distance and the grid
+                steps: int | None = None,   # training steps of 32 images for each; default 5,000, quick 250
+                n: int | None = None,       # samples for the Frechet distance and the grid; default 1,000, quick 64
                 chain: int = 50,            # sampling steps
                 features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
                 out: str = "runs/pdm-targets",  # folder of the runs, pdm_targets.csv and the grids
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
+    steps, size, n = steps or (250 if quick else 5000), size or (16 if quick else 32), n or (64 if quick else 1000)
     out, rows, pictures = Path(out), [], []
     for P in patches:
         for target, weight in CASES:
