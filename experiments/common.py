@@ -118,9 +118,10 @@ def plot(path, rows, x, y, group, bar=None, log=True):
         import matplotlib.pyplot as plt
     except ImportError:
         return print(f"no {path.name}: matplotlib is not installed; the figures are in the .csv")
-    for name in dict.fromkeys(row[group] for row in rows):
+    for k, name in enumerate(dict.fromkeys(row[group] for row in rows)):
         own = [row for row in rows if row[group] == name]
-        plt.errorbar([row[x] for row in own], [row[y] for row in own], [row[bar] / 2 for row in own] if bar else None, marker="o" if len(own) < 20 else None, label=name)
-    plt.xscale("log" if log else "linear"), plt.xlabel(x), plt.ylabel(y), plt.legend(fontsize=7)
-    plt.savefig(path, dpi=120)
+        plt.errorbar([row[x] for row in own], [row[y] for row in own], [row[bar] / 2 for row in own] if bar else None, label=name, color=f"C{k}",
+                     marker="os^"[k // 10 % 3] if len(own) < 20 else None)
+    plt.xscale("log" if log else "linear"), plt.xlabel(x), plt.ylabel(y), plt.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    plt.savefig(path, dpi=120, bbox_inches="tight")
     plt.close()
