@@ -9,6 +9,7 @@ import copy
 import csv
 import datetime
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -518,6 +519,7 @@ def seeded_noise(keys):
 
 # Signatures as command lines
 
+@functools.cache
 def flags_of(function):
     """{name: (parameter, help)} of the keyword-only arguments that have a type; the help is the comment on their line."""
     function = function.__init__ if inspect.isclass(function) else function

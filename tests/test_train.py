@@ -19,7 +19,7 @@ import train
 from train import METHODS, add_flags, build, command, flags_of, load, save
 from unet import UNet
 
-SMALL = "--width 8 --mults 1 --attention 0 --batch 4 --every 2 --grid 1 --device cpu --precision fp32".split()
+SMALL = "--width 8 --mults 1 --attention 0 --batch 4 --grid 1 --device cpu --precision fp32".split()
 
 
 @pytest.fixture
@@ -53,13 +53,13 @@ def do(monkeypatch, capsys, pictures, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_writes_its_checkpoint_log_and_samples_and_the_model_samples_from_the_path_alone(do, tmp_path, method):
-    code, out, _ = do(train, f"--method {method} --steps 5")
+    code, out, _ = do(train, f"--method {method} --steps 3 --every 2")
     assert code == 0 and "60 images, 3x16x16, 3 classes" in out
     run = tmp_path / "runs" / method
     assert sorted(p.relative_to(run).as_posix() for p in run.rglob("*")) == [
-        "ckpt.pt", "log.csv", "samples", "samples/000002.png", "samples/000004.png", "samples/000005.png"]
+        "ckpt.pt", "log.csv", "samples", "samples/000002.png", "samples/000003.png"]
     rows = list(csv.DictReader(open(run / "log.csv")))
-    assert [row["step"] for row in rows] == ["2", "4", "5"] and (rows[-1]["images"] == "20" or method == "patch_diffusion")
+    assert [row["step"] for row in rows] == ["2", "3"] and (rows[-1]["images"] == "12" or method == "patch_diffusion")
     assert all(float(row["rmse_1"]) > 0 for row in rows)
     elsewhere = tmp_path / "moved"
     shutil.move(run, elsewhere)
@@ -96,8 +96,8 @@ def weights(path, key="model"):
 @pytest.mark.parametrize("flags", ["--method pdm", "--method patch_diffusion", "--method iddpm --objective vlb --conditional --flip --dropout 0.1"])
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(do, tmp_path, flags):
     method = flags.split()[1]
-    do(train, f"{flags} --steps 6 --out whole")
-    do(train, f"{flags} --steps 4 --out parts")
+    do(train, f"{flags} --steps 6 --every 4 --out whole")
+    do(train, f"{flags} --steps 4 --every 4 --out parts")
     assert do(train, f"--method {method} --steps 6 --out parts --resume", small=False)[0] == 0
     for key in ("model", "ema"):
         a, b = weights(tmp_path / "whole", key), weights(tmp_path / "parts", key)
@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before_it(do, tmp_path
 
 
 def test_keep_leaves_so_many_older_checkpoints_beside_the_last(do, tmp_path):
-    do(train, "--method pdm --steps 9 --keep 2")
+    do(train, "--method pdm --steps 9 --every 2 --keep 2")
     run = tmp_path / "runs/pdm"
     names = ["ckpt-000006.pt", "ckpt-000008.pt", "ckpt-000009.pt", "ckpt.pt"]
     assert sorted(p.name for p in run.glob("*.pt")) == names
@@ -187,7 +187,7 @@ def test_the_log_is_whole_when_a_run_dies_while_it_is_written(do, tmp_path, monk
 def test_no_line_of_the_log_is_lost_or_doubled_when_a_run_dies_before_its_checkpoint_is_written(do, tmp_path, monkeypatch):
     def dies(*_):
         raise SystemExit(9)
-    do(train, "--method pdm --steps 2")
+    do(train, "--method pdm --steps 2 --every 2")
     with monkeypatch.context() as patch:
         patch.setattr(train, "save", dies)
         assert do(train, "--method pdm --steps 6 --resume", small=False)[0] == 9
@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too_and_the_noise_level_is_
         w = next(self.net.parameters())
         return loss(self, *a) + (0 if len(calls) < 3 else (w - w.detach()).square().sum().sqrt())      # 0, and no gradient there
     monkeypatch.setattr(METHODS["pdm"], "loss", broken)
-    code, _, err = do(train, "--method pdm --steps 8")
+    code, _, err = do(train, "--method pdm --steps 8 --every 2")
     assert code == 2 and re.search(r"not finite at step 3, near t = \d+;", err)
     assert torch.load("runs/pdm/ckpt.pt", weights_only=True)["step"] == 2
 
