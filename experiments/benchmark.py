@@ -76,7 +76,8 @@ def benchmark(*,
         row |= dict(images_per_s=got["ours"], ratio=got["ours"] / got["reference"], spread=max(found[i, "ours"]) / min(found[i, "ours"]),
                     gflop=flops / 1e9, share_of_peak=3 * flops * got["ours"] / best, sampled_per_s=got["sampling"], sampling_overhead=got["network"] / got["sampling"] - 1,
                     memory_mb=memory(case, device))
-        row |= {f"times_{peer}": got["ours"] * flops / (got[peer] * case["peers"][peer][3]) for peer in case.get("peers", ())}
+        for peer in case.get("peers", ()):                       # images a second, ours over theirs, and arithmetic a second
+            row |= {f"times_{peer}": got["ours"] / got[peer], f"arithmetic_{peer}": got["ours"] * flops / (got[peer] * case["peers"][peer][3])}
         rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     text = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32 peak {best / 1e9:.0f} GFLOP/s, medians of {repeats}\n"
     text += "\n".join(" | ".join(map(str, line)) for line in [list(rows[0]), *[row.values() for row in rows]]) + "\n"
@@ -205,7 +206,7 @@ def memory(case, device):
     return sum(size for pointer, size in kept.items() if pointer not in own) / 1e6
 
 
-# What people use instead: their networks of about the same size, their losses, in the step above. Compared by arithmetic done a second, since no two networks are alike.
+# What people use instead: their networks of about the same size, their losses, in the step above. Compared by images and by arithmetic done a second, since no two networks are alike.
 
 def peer_step(name, case, steps, device, make):
     if "peers" not in case:
@@ -229,11 +230,22 @@ def peer_step(name, case, steps, device, make):
     return case["batch"] * steps / (clock(device) - start)
 
 
+def lucidrains_net(config):
+    from denoising_diffusion_pytorch import Unet
+    return Unet(dim=config["width"], dim_mults=tuple(int(m) for m in config["mults"]))
+
+
+def diffusers_net(config, size):
+    from diffusers import UNet2DModel
+    channels = tuple(int(config["width"] * m) for m in config["mults"])
+    return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=channels, down_block_types=["DownBlock2D"] * len(channels),
+                       up_block_types=["UpBlock2D"] * len(channels), norm_num_groups=16)
+
+
 def lucidrains(case, steps, device):
     def make(case, device):
-        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-        config = case["checkpoint"]["config"]
-        net = Unet(dim=config["width"], dim_mults=tuple(int(m) for m in config["mults"])).to(device)
+        from denoising_diffusion_pytorch import GaussianDiffusion
+        net = lucidrains_net(case["checkpoint"]["config"]).to(device)
         diffusion = GaussianDiffusion(net, image_size=case["size"], timesteps=1000, auto_normalize=False).to(device)
         one = torch.zeros(1, 3, case["size"], case["size"], device=device)
         return diffusion, list(net.parameters()), lambda: net(one, torch.zeros(1, device=device))
@@ -242,12 +254,8 @@ def lucidrains(case, steps, device):
 
 def diffusers(case, steps, device):
     def make(case, device):
-        from diffusers import DDPMScheduler, UNet2DModel
-        config = case["checkpoint"]["config"]
-        channels = tuple(int(config["width"] * m) for m in config["mults"])
-        down = ["DownBlock2D"] * len(channels)
-        net = UNet2DModel(sample_size=case["size"], in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=channels, down_block_types=down,
-                          up_block_types=["UpBlock2D"] * len(channels), norm_num_groups=16).to(device)
+        from diffusers import DDPMScheduler
+        net = diffusers_net(case["checkpoint"]["config"], case["size"]).to(device)
         scheduler = DDPMScheduler(num_train_timesteps=1000)
 
         def loss(x):
