@@ -42,7 +42,7 @@ METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM, "patch_diffusio
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
 FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000, steps=4000)
 DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2800, P_mean=0.0),
-            "patch_diffusion": FULL_GRID | dict(steps=3600)}
+            "patch_diffusion": FULL_GRID | dict(steps=2600)}
 
 VERSION = 2  # of the checkpoint's layout
 FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile", "cooldown"}  # what --resume may change; data may move, not change
@@ -59,7 +59,7 @@ def train(config, state=None, *,
           channels: int | None = None, # 1 gray, 3 colour; default what the images are
           out: str | None = None,      # folder of the run; default runs/<method>
           resume: bool = False,        # go on with the run in that folder
-          steps: int = 6000,           # optimizer steps
+          steps: int = 4500,           # optimizer steps
           batch: int = 32,             # images a step
           accumulate: int = 1,         # parts that a batch is cut into, to save memory
           lr: float = 2e-3,            # learning rate of Adam
@@ -541,7 +541,7 @@ def add_flags(parser, title, function, defaults={}):
         elif typing.get_origin(kind) is typing.Literal:
             options = dict(choices=typing.get_args(kind))
         elif typing.get_origin(kind) is tuple:
-            options = dict(nargs="+", type=typing.get_args(kind)[0], metavar="N")
+            options = dict(nargs="*" if p.default == () else "+", type=typing.get_args(kind)[0], metavar="N")
         else:
             options = dict(type=kind, metavar=kind.__name__)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default

@@ -32,7 +32,7 @@ class UNet(nn.Module):
                  width: int = 64,                    # channels at level 0, the finest grid
                  mults: tuple[float, ...] = (1, 2),  # channels of each level, in units of width
                  blocks: int = 1,                    # residual blocks at each level, on each side
-                 attention: tuple[int, ...] = (1,),  # levels with self-attention; 0 is the finest grid
+                 attention: tuple[int, ...] = (),    # levels with self-attention; 0 is the finest grid
                  dropout: float = 0.0,               # dropout inside the blocks
                  classes=0):
         super().__init__()

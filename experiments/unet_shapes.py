@@ -1,8 +1,12 @@
-"""Which U-Net learns most in equal time?   python experiments/unet_shapes.py
+"""Which U-Net learns most in equal time?
 
-Trains a DDPM on each shape for the same number of seconds, in turns of a few seconds each, so that all see the same machine; writes parameters, arithmetic, images
-seen and the error on held-out images by noise level. --peers puts the networks of denoising-diffusion-pytorch and diffusers in our DDPM's place for one, if they are installed.
+    python experiments/unet_shapes.py --peers                                              # pip install denoising-diffusion-pytorch diffusers
+    python experiments/unet_shapes.py --method pdm --shapes "" even attention=1, width=80
+
+Trains the method on each shape (what differs from its default) for the same number of seconds, in turns of a few seconds each, so that all see the same machine; writes
+parameters, arithmetic, images seen and the error on held-out images by noise level. --peers gives the method those projects' networks of the same widths too.
 """
+import ast
 import copy
 import sys
 import time
@@ -16,24 +20,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as pixels
 from benchmark import diffusers_net, lucidrains_net
 from common import write
-from ddpm import DDPM
-from train import command, held_out_error, hold_out, pick_device, script, to_device
+from train import DEFAULTS, METHODS, command, flags_of, held_out_error, hold_out, pick_device, script, to_device, train
 from unet import Block, UNet
-
-DEFAULT = dict(width=32, mults=(1, 2, 4), attention=(2,))
-SHAPES = {"the default": {}, "no attention": dict(attention=()), "attention on two levels": dict(attention=(1, 2)), "width 38: the even one's parameters": dict(width=38),
-          "two blocks a level, width 24": dict(width=24, blocks=2), "four levels, mults 1 2 3 4, width 24": dict(width=24, mults=(1, 2, 3, 4), attention=(3,))}
 
 
 class Even(UNet):
-    """Each level keeps its width to its end on the way up, as in Improved DDPM."""
+    """One block a level, and each level keeps its width to its end on the way up, as in Improved DDPM."""
 
     def __init__(self, c_in, c_out, **shape):
         super().__init__(c_in, c_out, **shape)
         channels, c = [int(shape["width"] * m) for m in shape["mults"]], int(shape["width"] * shape["mults"][-1])
         for blocks, level in zip(self.up, reversed(range(len(channels)))):
-            blocks[0] = Block(c + channels[level], channels[level], 4 * shape["width"], 0.0, level in shape["attention"])
-            c = channels[level]
+            blocks[0], c = Block(c + channels[level], channels[level], 4 * shape["width"], 0.0, level in shape["attention"]), channels[level]
 
 
 class Peer(nn.Module):
@@ -49,11 +47,12 @@ class Peer(nn.Module):
 
 
 def unet_shapes(*,
+                method: str = "ddpm",       # as in train.py
+                shapes: tuple[str, ...] = ("", "even", "attention=()", "attention=1,2", "width=38", "width=24 blocks=2", "width=24 mults=1,2,3,4 attention=3,"),  # even: see Even
                 data: str = "digits",       # or what train.py's --data takes
                 size: int = 32,             # image size
                 seconds: float = 240,       # of training, for each
                 turn: float = 10,           # seconds at a time
-                lr: float = 1e-3,           # learning rate, falling as 1/sqrt(step) after 1,000 steps
                 peers: bool = False,        # and two other projects' networks of the same widths
                 threads: int = 1,           # CPU threads
                 out: str = "runs/unet-shapes",  # folder of unet_shapes.csv
@@ -61,39 +60,51 @@ def unet_shapes(*,
     """Train in turns, measure, write the table."""
     if not (seconds > 0 and turn > 0 and threads > 0):
         raise ValueError("--seconds, --turn and --threads must be above 0")
+    if method not in METHODS:
+        raise ValueError(f"no method {method}: choose {', '.join(METHODS)}")
     torch.set_num_threads(threads)
     device, out, runs = pick_device(device), Path(out), {}
-    makers = {"as wide on the way up (even)": lambda i, o: Even(i, o, **DEFAULT)} | {name: lambda i, o, own=own: UNet(i, o, **DEFAULT | own) for name, own in SHAPES.items()}
+    config = {name: p.default for f in (METHODS[method], UNet, train) for name, (p, _) in flags_of(f).items()} | DEFAULTS[method]
+    default, own = ({name: config[name] for name in flags_of(f)} for f in (UNet, METHODS[method]))
+    makers = {}
+    for words in shapes:
+        try:
+            shape = {name: ast.literal_eval(value) for name, value in (word.split("=") for word in words.split() if word != "even")}
+            if not shape.keys() <= default.keys():
+                raise ValueError
+        except (ValueError, SyntaxError):
+            raise ValueError(f"a shape is like 'width=24 mults=1,2,4 attention=2,' or 'even', got {words}")
+        makers[words or "the default"] = lambda i, o, shape=default | shape, cls=Even if "even" in words.split() else UNet: cls(i, o, **shape)
     if peers:
-        makers |= {"denoising-diffusion-pytorch": lambda i, o: Peer(lucidrains_net(DEFAULT)), "diffusers": lambda i, o: Peer(diffusers_net(DEFAULT, size))}
+        makers |= {"denoising-diffusion-pytorch": lambda i, o: Peer(lucidrains_net(default)), "diffusers": lambda i, o: Peer(diffusers_net(default, size))}
     (images, _), (held, _) = hold_out(pixels.load(data, size, 3)[0], None, 0)
     held = pixels.to_float(held).to(device)
     for name, make in makers.items():
         torch.manual_seed(0)
-        method = to_device(DDPM(make, 3), device)
+        model = to_device(METHODS[method](make, 3, **own), device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            method.net(held[:1], torch.ones(1, device=device))
-        runs[name] = Run(method, images, lr, device, dict(shape=name, parameters=sum(p.numel() for p in method.parameters()), gflop=round(counter.get_total_flops() / 1e9, 3)))
+            model.loss(held[:1])
+        runs[name] = Run(model, images, config, device, dict(shape=name, parameters=sum(p.numel() for p in model.parameters()), gflop=round(counter.get_total_flops() / 1e9, 3)))
     while any(run.seconds < seconds for run in runs.values()):
         for run in runs.values():
             run.go(min(turn, seconds - run.seconds))
         print(f"{min(run.seconds for run in runs.values()):.0f} of {seconds:g} seconds each", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "unet_shapes.csv", [run.about | dict(images=run.step * 32, **held_out_error(run.averaged, held, None)) for run in runs.values()], f"{data}, {seconds:g} s each, {threads} threads, {device}")
+    write(out / "unet_shapes.csv", [run.about | dict(images=run.step * 32, **held_out_error(run.averaged, held, None)) for run in runs.values()], f"{method}, {data}, {seconds:g} s each, {threads} threads, {device}")
 
 
 class Run:
     """Training in turns, as train.py does it."""
 
-    def __init__(self, method, images, lr, device, about):
-        self.method, self.images, self.lr, self.device, self.about, self.step, self.seconds = method, images, lr, device, about, 0, 0.0
-        self.averaged, self.optimizer = copy.deepcopy(method).eval().requires_grad_(False), torch.optim.Adam(method.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    def __init__(self, method, images, config, device, about):
+        self.method, self.images, self.config, self.device, self.about, self.step, self.seconds = method, images, config, device, about, 0, 0.0
+        self.averaged, self.optimizer = copy.deepcopy(method).eval().requires_grad_(False), torch.optim.Adam(method.parameters(), betas=(0.9, 0.99), fused=True)
         self.generator = torch.Generator().manual_seed(0)
 
     def go(self, seconds):
         start, weights = time.perf_counter(), list(self.method.parameters())
         while (now := time.perf_counter()) < start + seconds:
-            self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (self.step + 1) / 200, (1000 / (self.step + 1)) ** 0.5)
+            self.optimizer.param_groups[0]["lr"] = self.config["lr"] * min(1, (self.step + 1) / self.config["warmup"], (self.config["decay"] / (self.step + 1)) ** 0.5)
             x = pixels.to_float(self.images[torch.randint(len(self.images), (32,), generator=self.generator)].to(self.device))
             self.method.loss(x).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
