@@ -95,7 +95,7 @@ def benchmark(*,
 
 def plain(case):
     config = {name: p.default for f in (METHODS[case["method"]], UNet, train.train) for name, (p, _) in flags_of(f).items()} | train.DEFAULTS[case["method"]]
-    config |= {key: case[key] for key in ("width", "mults") if case[key] is not None}
+    config |= {key: case[key] for key in ("width", "mults") if case[key] is not None} | ({"p_full": 1.0} if "p_full" in config else {})       # whole images
     case["width"] = config["width"]
     return dict(method=case["method"], config=config, shape=[3, case["size"], case["size"]], classes=[])
 
@@ -107,7 +107,7 @@ def train_py(case, steps, device):
         config = case["checkpoint"]["config"]
         train.main(["--method", case["method"], "--data", f"{folder}/x.npy", "--out", f"{folder}/run", "--steps", str(2 * steps), "--every", str(steps), "--grid", "1",
                     "--batch", str(case["batch"]), "--precision", case["precision"], "--device", str(device), "--width", str(config["width"]),
-                    "--mults", *map(str, config["mults"]), *["--compile"] * (case["compile"] == "yes")])
+                    "--mults", *map(str, config["mults"]), *["--compile"] * (case["compile"] == "yes"), *["--p_full", "1"] * ("p_full" in config)])
         return float(list(csv.DictReader(open(f"{folder}/run/log.csv")))[-1]["images_per_s"])
 
 
@@ -150,12 +150,12 @@ def network_call(case, steps, device):
 def sampling_step(case, steps, device):
     """Images a second and step of the method's own sampler (EDM's: two evaluations a step but the last)."""
     D, x, _ = sampler(case, device)
-    method = D.method if hasattr(D, "method") else D
+    method, noise = D.method if hasattr(D, "method") else D, train.seeded_noise([(0, i) for i in range(len(x))])
     steps = 2 * steps if hasattr(method, "T") else steps
     with train.autocast(device, case["precision"]):
-        next(method.sample(x, steps=steps))
+        next(method.sample(x, steps=steps, randn_like=noise))
         start = clock(device)
-        for _ in method.sample(x, steps=steps):
+        for _ in method.sample(x, steps=steps, randn_like=noise):
             pass
     calls = steps if hasattr(method, "T") else 2 * steps - 1
     return len(x) * calls / (clock(device) - start)
