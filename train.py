@@ -541,8 +541,8 @@ def add_flags(parser, title, function, defaults={}):
             options = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is typing.Literal:
             options = dict(choices=typing.get_args(kind))
-        elif typing.get_origin(kind) is tuple:
-            options = dict(nargs="*" if p.default == () else "+", type=typing.get_args(kind)[0], metavar="N")
+        elif typing.get_origin(kind) is tuple:                                     # none at all only where that says something: --attention
+            options = dict(nargs="*" if p.default == () != default else "+", type=typing.get_args(kind)[0], metavar="N")
         else:
             options = dict(type=kind, metavar=kind.__name__)
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default

@@ -17,7 +17,7 @@ from PIL import Image
 import sample
 import train
 from train import METHODS, add_flags, build, command, flags_of, load, save
-from unet import UNet
+from unet import Attention, UNet
 
 SMALL = "--width 8 --mults 1 --attention 0 --batch 4 --grid 1 --device cpu --precision fp32".split()
 
@@ -327,6 +327,12 @@ def test_flags_reach_the_method_and_the_network(do, tmp_path):
     assert method.net.net.down[0][1].dropout.p == 0.25
 
 
+def test_attention_is_turned_off_by_naming_no_level(do, tmp_path):
+    do(train, "--method ddpm --steps 1 --attention")
+    method, _ = load(tmp_path / "runs/ddpm/ckpt.pt", device="cpu")
+    assert not any(isinstance(module, Attention) for module in method.modules())
+
+
 @pytest.mark.parametrize("line, word", [
     ("", "lists"), ("--help", "pdm"), ("--method pdm --help", "--patch"), ("--method iddpm --help", "--objective"), ("--method ddpm --help", "--width")])
 def test_help_lists_the_methods_and_the_flags_of_each(do, line, word):
@@ -346,7 +352,7 @@ BAD = [
     ("--method pdm --stps 4", "--steps"), ("--method pdm --conditional --data plain.npy", "classes"), ("--method pdm --accumulate 3", "--batch 4"),
     ("--method pdm --device quantum", "quantum"), ("--method pdm --resume", "ckpt.pt"), ("--method pdm --predict noise", "noise"),
     ("--method pdm --data digits --flip", "mirror"), ("--method ddpm --T 10", "larger T"), ("--method pdm --size 16 16 16", "size"),
-    ("--method pdm --attention 4", "--attention"), ("--method pdm --width 0", "--width"), ("--method pdm --mults", "--mults"), ("--method pdm extra", "extra"),
+    ("--method pdm --attention 4", "--attention"), ("--method pdm --width 0", "--width"), ("--method pdm --mults", "--mults"), ("--method pdm --size", "--size"), ("--method pdm extra", "extra"),
     ("--method pdm --lr -1", "--lr"), ("--method pdm --ema 2", "--ema"), ("--method pdm --channels 2", "channels"), ("--method pdm --overfit -1", "--overfit")]
 
 
