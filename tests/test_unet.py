@@ -34,6 +34,11 @@ def test_fractional_multipliers_and_several_blocks_are_allowed():
     assert [len(level) for level in net.up] == [3, 3, 3]
 
 
+def test_the_last_block_of_a_level_on_the_way_up_gives_the_next_level_s_width():
+    net = UNet(3, 3, width=16, mults=(1, 1.5, 2), blocks=2)
+    assert [[block.conv2.out_channels for block in level] for level in net.up] == [[32, 24], [24, 16], [16, 16]]
+
+
 def test_with_attention_at_its_lowest_level_every_output_sees_every_input():
     def reach(attention):
         x = torch.randn(1, 1, 32, 32, requires_grad=True)
