@@ -56,8 +56,8 @@ def benchmark(*,
         cases = [base | {key: value} for key, values in dict(batch=(4, 8, 16, 32, 64), size=(16, 32, 64), width=(16, 32, 64, 128)).items() for value in values]
     if set(methods) - METHODS.keys() or set(precision) - {"fp32", "bf16"} or set(compile) - {"no", "yes"}:
         raise ValueError("--methods, --precision fp32 bf16 and --compile no yes take only these values")
-    if peers and not all(importlib.util.find_spec(name) for name in ("denoising_diffusion_pytorch", "diffusers")):
-        raise ValueError("--peers needs pip install denoising-diffusion-pytorch diffusers")
+    if peers:
+        check_peers()
     timers = []
     for case in cases:
         case["checkpoint"] = plain(case)
@@ -228,6 +228,11 @@ def peer_step(name, case, steps, device, make):
         optimizer.step()
         value.item()
     return case["batch"] * steps / (clock(device) - start)
+
+
+def check_peers():
+    if not all(importlib.util.find_spec(name) for name in ("denoising_diffusion_pytorch", "diffusers")):
+        raise ValueError("--peers needs pip install denoising-diffusion-pytorch diffusers")
 
 
 def lucidrains_net(config):

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as pixels
-from benchmark import diffusers_net, lucidrains_net
+from benchmark import check_peers, diffusers_net, lucidrains_net, plain
 from common import write
-from train import DEFAULTS, METHODS, command, flags_of, held_out_error, hold_out, pick_device, script, to_device, train
+from train import METHODS, build, check_ranges, command, flags_of, held_out_error, hold_out, pick_device, script, to_device
 from unet import Block, UNet
 
 
@@ -62,18 +62,22 @@ def unet_shapes(*,
         raise ValueError("--seconds, --turn and --threads must be above 0")
     if method not in METHODS:
         raise ValueError(f"no method {method}: choose {', '.join(METHODS)}")
+    if peers:
+        check_peers()
     torch.set_num_threads(threads)
-    device, out, runs = pick_device(device), Path(out), {}
-    config = {name: p.default for f in (METHODS[method], UNet, train) for name, (p, _) in flags_of(f).items()} | DEFAULTS[method]
+    device, out, runs, makers = pick_device(device), Path(out), {}, {}
+    checkpoint = plain(dict(method=method, size=size, width=None, mults=None))
+    config = checkpoint["config"]
     default, own = ({name: config[name] for name in flags_of(f)} for f in (UNet, METHODS[method]))
-    makers = {}
     for words in shapes:
         try:
             shape = {name: ast.literal_eval(value) for name, value in (word.split("=") for word in words.split() if word != "even")}
-            if not shape.keys() <= default.keys():
-                raise ValueError
-        except (ValueError, SyntaxError):
-            raise ValueError(f"a shape is like 'width=24 mults=1,2,4 attention=2,' or 'even', got {words}")
+            if lacking := shape.keys() - default.keys():
+                raise ValueError(f"the U-Net has no {', '.join(lacking)}")
+            check_ranges(shape)
+            build(checkpoint | dict(config=config | shape), "meta")
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(f"shape '{words}': {str(error).splitlines()[0]}; one is like 'width=24 mults=1,2,4 attention=2,' or 'even'")
         makers[words or "the default"] = lambda i, o, shape=default | shape, cls=Even if "even" in words.split() else UNet: cls(i, o, **shape)
     if peers:
         makers |= {"denoising-diffusion-pytorch": lambda i, o: Peer(lucidrains_net(default)), "diffusers": lambda i, o: Peer(diffusers_net(default, size))}

@@ -38,6 +38,12 @@ def test_each_experiment_explains_itself_and_refuses_what_it_does_not_know(run, 
     assert code == 2 and err.strip().splitlines()[-1].startswith("error: ") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("shape, word", [("widt=3", "widt"), ("width=0", "--width"), ("mults=2", "len"), ("width", "unpack"), ("mults=1,1,1,1,1,1,1", "--size"), ("attention=9,", "--attention")])
+def test_a_shape_that_cannot_be_is_refused_by_name(run, tmp_path, shape, word):
+    code, _, err = run("unet_shapes", f"--shapes '{shape}'")
+    assert code == 2 and err.startswith(f"error: shape '{shape}'") and word in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_an_experiment_trains_measures_and_writes_its_table_grid_and_row(run, tmp_path):
     class Mean(torch.nn.Module):
         def forward(self, x):
