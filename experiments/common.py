@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as pixels
+import features as classifier
 import train
 from edm import denoiser
 from evaluate import Features, errors, frechet_distance, load_like, moments, table
@@ -18,26 +19,42 @@ from train import hold_out, load
 
 
 def check(features):
-    if features and not Path(features).is_file():
-        raise ValueError(f"no such file: {features}; experiments/features.py trains one")
+    if features not in (None, "none") and not Path(features).is_file():
+        raise ValueError(f"no such file: {features}; leave --features out and one is trained")
+
+
+def features_file(name, data, shape, device):
+    """The features file `name`; without a name runs/features/<data>-<size>.pt, trained on the data's classes if it is not there; None for "none" and where there are no classes."""
+    check(name)
+    if name is not None:
+        return name if name != "none" else None
+    C, H, W = shape
+    path = Path(f"runs/features/{Path(data).stem}-{H}{f'x{W}' if W != H else ''}{'-gray' if C == 1 else ''}.pt")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            classifier.main(["--data", data, "--size", str(H), str(W), "--channels", str(C), "--out", str(path)] + (["--device", device] if device else []))
+        except ValueError as error:
+            return print(f"no Frechet distance: {error}")
+    return str(path)
 
 
 def run_once(run, flags, data, steps, device):
-    """Train with these flags in folder `run`, or leave the run that is there. Raises ValueError if that is another one."""
+    """Train with these flags in folder `run`, or leave the run that is there; the checkpoint's path. Raises ValueError if that is another one."""
     line, asked = [*f"--steps {steps} --every {steps} --grid 16 {flags} --data".split(), data], run / "flags.txt"
     if not (run / "ckpt.pt").exists():
         train.main([*line, "--out", str(run)] + (["--device", device] if device else []))
         asked.write_text(" ".join(line))
     if not asked.exists() or asked.read_text() != " ".join(line):
         raise ValueError(f"{run} is another run: " + (asked.read_text() if asked.exists() else "not finished") + "; another --out, or delete it")
+    return run / "ckpt.pt"
 
 
 def trained(run, flags, data, size, steps, n, chain, features, device):
     """What `run_once` trained: its errors by noise level with the Frechet distance of n samples of `chain`
     steps (mean and largest difference of three seeds), and the first seed's samples."""
     check(features)
-    run_once(run, f"--size {size} {flags}", data, steps, device)
-    score = Score(run / "ckpt.pt", features, n, 3 if features else 1, 64, device)
+    score = Score(run_once(run, f"--size {size} {flags}", data, steps, device), features, n, 3, 64, device)
     checkpoint, method = score.checkpoint, score.method
     levels = errors(denoiser(method), (score.x[:5000], None), (pixels.to_float(score.held), None), 64, 0, score.device, run.with_name(f"{run.name}-error.csv"))
     row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
@@ -51,19 +68,21 @@ def spread(distances):
 
 
 class Score:
-    """Frechet distance of what a sampler draws from one checkpoint, over several seeds; without a features file only the drawing."""
+    """Frechet distance of what a sampler draws from one checkpoint, over several seeds; without features (see features_file) only the drawing, once."""
 
     def __init__(self, path, features, n, seeds, batch, device):
         check(features)
         if n < 2 or seeds < 1:
             raise ValueError(f"needs 2 images or more and 1 seed or more, got {n} and {seeds}")
         self.method, self.checkpoint = load(path, device=device)
-        self.device, self.n, self.seeds, self.batch = next(self.method.parameters()).device, n, seeds, batch
+        self.device, self.n, self.batch = next(self.method.parameters()).device, n, batch
         source = self.checkpoint["config"]["data"]
         images, labels = load_like(self.checkpoint, source)
         (self.x, _), (held, _) = hold_out(images, labels, 0)
         trained_on = torch.linspace(0, len(images) - 1, len(held)).long() < self.checkpoint["config"].get("overfit", 0)
         self.held = held[~trained_on]
+        features = features_file(features, source, self.checkpoint["shape"], device)
+        self.seeds = seeds if features else 1
         self.network = Features(features, self.checkpoint["shape"], self.device) if features else None
         self.statistics = self.network.statistics(self.x, source, 256) if features else None
 

@@ -1,7 +1,6 @@
 """DDPM's claim: L_simple draws better images than the bound that it comes from, and codes them worse (Table 2); and what the chain decides when (Figs. 5, 6).
 
-    python experiments/features.py --size 16 --out digits16-features.pt
-    python experiments/ddpm_loss.py --quick --features digits16-features.pt
+    python experiments/ddpm_loss.py --quick
 
 Trains eps with L_simple and with the bound itself (Eq. 5, one random term a step) alike; writes bits/dim, Frechet distance and grids, and rate and
 distortion along the chain (terms.csv, rate_distortion.png; bits/dim and RMSE of 255) and a strip of progressive generation.
@@ -39,7 +38,7 @@ def ddpm_loss(*,
               test: str | None = None,    # images for bits/dim; default those held out
               bound_n: int | None = None, # how many of them; default 128, quick 16
               n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
-              features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+              features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
               out: str = "runs/ddpm-loss",  # folder of the runs and ddpm_loss.csv
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
@@ -57,7 +56,7 @@ def ddpm_loss(*,
         pictures.append(x)
         lossy += [dict(loss=name, rate=float(row["rate"]), distortion=float(row["distortion"])) for row in csv.DictReader(open(run / "evaluation" / "terms.csv"))]
     sample(out / "simple" / "ckpt.pt", dict(steps=250), strip=True, n=4, out=str(out / "progressive-strip.png"), device=device)
-    write(out / "ddpm_loss.csv", rows, f"{data}, {steps} steps, features: {features}", pictures, 1)
+    write(out / "ddpm_loss.csv", rows, f"{data}, {steps} steps", pictures, 1)
     plot(out / "rate_distortion.png", lossy, "rate", "distortion", "loss", log=False)
     a, b = rows
     claim("L_simple draws better than the bound, and codes worse (DDPM, Tables 1 and 2)", "FID 3.17 and 13.51, bits/dim 3.75 and 3.70",

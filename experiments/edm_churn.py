@@ -1,7 +1,7 @@
 """EDM's claim on stochastic sampling: Algorithm 2 corrects errors, and does so better than a general SDE solver (Sec. 4, Figs. 4 and 5).
 
     python experiments/edm_churn.py                                             # a mixture whose score is known, in a minute
-    python experiments/edm_churn.py runs/edm/ckpt.pt --features digits-features.pt --quick      # and a trained network
+    python experiments/edm_churn.py runs/edm/ckpt.pt --quick      # and a trained network
 
 On the mixture: the distance of samples to the truth for Euler-Maruyama on EDM's SDE (Eq. 6 with beta = sigma_dot / sigma) and for Algorithm 2, at equal
 evaluations, with the exact denoiser and with one that errs as a network does (it removes slightly too much noise, Sec. 4).
@@ -55,7 +55,7 @@ def distance(x, truth):
 
 
 def edm_churn(path=None, *,
-              features: str = "digits-features.pt",  # TorchScript file for the Frechet distance (experiments/features.py)
+              features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
               quick: bool = False,         # fewer images, for two CPU cores
               n: int | None = None,        # samples of the mixture; default 50,000, quick 10,000
               seeds: int = 3,              # times that each is drawn

@@ -1,6 +1,7 @@
 """EDM's claim on samplers: the same quality from far fewer evaluations of one network that was trained as a DDPM (Fig. 2, Table 3).
 
-    python experiments/features.py --data digits && python experiments/edm_samplers.py runs/ddpm/ckpt.pt --features digits-features.pt --quick
+    python experiments/edm_samplers.py --quick                      # trains the network first
+    python experiments/edm_samplers.py runs/ddpm/ckpt.pt --quick
 
 Draws from one checkpoint by the ancestral chain, DDIM, Euler and Heun, walks the ladder of Fig. 2 (Heun, then EDM's noise levels, then its schedule
 and scaling), and varies rho; writes a table, a plot if matplotlib is there, and a grid with a row for each sampler.
@@ -12,19 +13,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from edm import denoiser, ode_sample
 from train import command, script
-from common import Score, claim
+from common import Score, check, claim, run_once
 
 
-def edm_samplers(path, *,
-                 features: str = "digits-features.pt",  # TorchScript file for the Frechet distance (experiments/features.py)
-                 quick: bool = False,           # 64 images of each and fewer steps, for two CPU cores
-                 n: int | None = None,          # images of each; default 2,000, quick 64
+def edm_samplers(path=None, *,
+                 features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
+                 quick: bool = False,           # 128 images of each, fewer steps and a network of 16x16, for two CPU cores
+                 data: str = "digits",          # where no checkpoint is given: what train.py's --data takes,
+                 size: int | None = None,       # image size; default 32, quick 16,
+                 train_steps: int | None = None,  # and training steps; default 50,000, quick 3,000
+                 n: int | None = None,          # images of each; default 2,000, quick 128
                  seeds: int = 3,                # times that each is drawn; their mean and spread count
                  batch: int = 64,               # images at a time
                  out: str = "runs/edm-samplers",  # folder of edm_samplers.csv, .png and the grid
                  device: str | None = None):    # cuda, mps or cpu
     """Draw, measure, write. Raises ValueError for a file that is none."""
-    score = Score(path, features, n or (64 if quick else 2000), seeds, batch, device)
+    check(features)
+    path = path or run_once(Path(out) / "ddpm", f"--method ddpm --size {size or (16 if quick else 32)}", data, train_steps or (3000 if quick else 50_000), device)
+    score = Score(path, features, n or (128 if quick else 2000), seeds, batch, device)
     if getattr(score.method, "T", 0) < 250:
         raise ValueError(f"{path} is not of a DDPM (or Improved DDPM, PDM) with 250 steps or more")
     D, own = denoiser(score.method), score.method.sample

@@ -1,7 +1,6 @@
 """EDM's claim on training: each of its parts helps (Table 2, C to F).
 
-    python experiments/features.py --size 16 --out digits16-features.pt
-    python experiments/edm_training.py --quick --features digits16-features.pt
+    python experiments/edm_training.py --quick
 
 Trains four networks alike: VP's preconditioning, noise levels and weight; EDM's preconditioning; EDM's noise levels and weight too; and augmentation. All are drawn by
 Heun on EDM's noise levels, so that only training differs. Writes the error by noise level, the Frechet distance and a grid for each.
@@ -24,7 +23,7 @@ def edm_training(*,
                  steps: int | None = None,   # training steps of 32 images for each; default 20,000, quick 1,000
                  P_mean: float = 0.0,        # centre of ln(sigma) in EDM's loss; the paper's -1.2 suits long runs
                  n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
-                 features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+                 features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
                  out: str = "runs/edm-training",  # folder of the runs and edm_training.csv
                  device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
@@ -34,7 +33,7 @@ def edm_training(*,
         found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)
         pictures.append(x)
-    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps, features: {features}", pictures, 1)
+    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps", pictures, 1)
     claim("each part of EDM's training helps (EDM, Table 2, C to F)", "VP, CIFAR-10: FID 2.31, 2.29, 2.05, 1.97", "Frechet " + ", ".join(f"{line['training']} {line.get('frechet')}" for line in rows))
 
 

@@ -4,6 +4,7 @@ The file it writes maps uint8 images (B, C, H, W) to vectors (B, dimensions). A 
 the same data with each other, and is blind to whatever does not help to tell the classes apart.
 """
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,8 @@ def features(*,
         net.train()
         print(f"epoch {epoch + 1}: {right.float().mean():.2%} of {len(right)} held-out images right, {time.time() - start:.0f} s", flush=True)
     about = dict(accuracy=f"{right.float().mean():.2%}", trained_on=Path(data).name)
-    torch.jit.script(net.eval().cpu()).save(str(out), _extra_files={"about.json": json.dumps(about)})
+    torch.jit.script(net.eval().cpu()).save(f"{out}.tmp", _extra_files={"about.json": json.dumps(about)})
+    os.replace(f"{out}.tmp", out)
     print(f"wrote {out}; now: python evaluate.py CKPT --frechet --features {out}")
 
 

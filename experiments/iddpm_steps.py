@@ -1,7 +1,7 @@
 """Improved DDPM's claim on short chains: with a learned variance few steps lose little; with a fixed one they do (Fig. 8).
 
-    python train.py --method iddpm --out runs/hybrid && python train.py --method iddpm --objective simple --out runs/simple
-    python experiments/iddpm_steps.py runs/hybrid/ckpt.pt runs/simple/ckpt.pt --features digits-features.pt --quick
+    python experiments/iddpm_steps.py --quick                       # trains both networks first
+    python experiments/iddpm_steps.py runs/hybrid/ckpt.pt runs/simple/ckpt.pt --quick
 
 Draws from the first by its learned variance, from the second by both fixed ones (beta, beta_tilde) and by DDIM, in 10 to 100 steps (without --quick 25 to 1000); writes a table, a plot if
 matplotlib is there, and a grid.
@@ -11,19 +11,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import command, script
-from common import Score, claim
+from common import Score, check, claim, run_once
 
 
-def iddpm_steps(learned, fixed, *,
-                features: str = "digits-features.pt",  # TorchScript file for the Frechet distance (experiments/features.py)
-                quick: bool = False,           # 64 images of each and at most 100 steps, for two CPU cores
-                n: int | None = None,          # images of each; default 2,000, quick 64
+def iddpm_steps(learned=None, fixed=None, *,
+                features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
+                quick: bool = False,           # 128 images of each, at most 100 steps and networks of 16x16, for two CPU cores
+                data: str = "digits",          # where no checkpoints are given: what train.py's --data takes,
+                size: int | None = None,       # image size; default 32, quick 16,
+                train_steps: int | None = None,  # and training steps of each; default 50,000, quick 2,000
+                n: int | None = None,          # images of each; default 2,000, quick 128
                 seeds: int = 3,                # times that each is drawn; their mean and spread count
                 batch: int = 64,               # images at a time
                 out: str = "runs/iddpm-steps", # folder of iddpm_steps.csv, .png and the grid
                 device: str | None = None):    # cuda, mps or cpu
     """Draw, measure, write. Raises ValueError for checkpoints of another kind."""
-    n, chains = n or (64 if quick else 2000), (10, 25, 50, 100) if quick else (25, 50, 100, 200, 400, 1000)
+    n, chains = n or (128 if quick else 2000), (10, 25, 50, 100) if quick else (25, 50, 100, 200, 400, 1000)
+    check(features)
+    if learned is None:
+        flags, train_steps = f"--method iddpm --size {size or (16 if quick else 32)} --objective", train_steps or (2000 if quick else 50_000)
+        learned, fixed = (run_once(Path(out) / objective, f"{flags} {objective}", data, train_steps, device) for objective in ("hybrid", "simple"))
     one, two = Score(learned, features, n, seeds, batch, device), Score(fixed, features, n, seeds, batch, device)
     if not getattr(one.method, "learned", False) or getattr(two.method, "learned", True):
         raise ValueError(f"{learned} must have a learned variance (iddpm --objective hybrid or vlb), {fixed} a fixed one (iddpm --objective simple)")

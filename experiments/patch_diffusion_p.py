@@ -1,7 +1,6 @@
 """Patch Diffusion's claim: crops make training about twice as fast at no cost in quality, if some steps see whole images (Table and Figs. 2, 3).
 
-    python experiments/features.py --size 16 --out digits16-features.pt
-    python experiments/patch_diffusion_p.py --quick --features digits16-features.pt
+    python experiments/patch_diffusion_p.py --quick
 
 Trains p = 0, .1, .25, .5, .75 and 1 alike, p = .5 with progressive sizes too, and p = .5 and 1 on a small part of the data; writes the seconds of training, the error by
 noise level, the Frechet distance and a grid for each. (Not called patch_diffusion.py: it would hide the paper's file.)
@@ -22,7 +21,7 @@ def patch_diffusion_p(*,
                       steps: int | None = None,   # training steps of 32 whole images for each; default 20,000, quick 600
                       small: int = 500,           # images of the small data set
                       n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
-                      features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+                      features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
                       out: str = "runs/patch-diffusion-p",  # folder of the runs and patch_diffusion_p.csv
                       device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
@@ -35,7 +34,7 @@ def patch_diffusion_p(*,
         seconds = float(list(csv.DictReader(open(run / "log.csv")))[-1]["seconds"])
         rows.append(dict(p=p, sizes=sizes, images=some or "all", seconds=round(seconds)) | found)
         pictures.append(x)
-    write(out / "patch_diffusion_p.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps, features: {features}", pictures, 3)
+    write(out / "patch_diffusion_p.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps", pictures, 3)
     half, one = rows[3], rows[5]
     claim("crops make training twice as fast at no cost in quality (Patch Diffusion, Table 2, Fig. 2)", "p = .5: half the time, FID as good",
         f"{one['seconds'] / half['seconds']:.2f}x; Frechet {half.get('frechet')} for p = .5, {one.get('frechet')} for p = 1")

@@ -1,11 +1,10 @@
 """PDM's evidence: how patch sizes compare.
 
-    python experiments/features.py --size 16 --out digits16-features.pt
-    python experiments/pdm_patches.py --quick --features digits16-features.pt
+    python experiments/pdm_patches.py --quick
 
 Trains P = 1, 2, 4, 8 alike (same U-Net, same images), then measures for each: error of the x_0-prediction against the noise
 level (the curves should part only at low noise), seconds a training step, seconds and peak memory of a sample, Frechet
-distance where --features is given, and a grid. --speed only times untrained networks, for sizes too large to train here.
+distance on features of the data, and a grid. --speed only times untrained networks, for sizes too large to train here.
 """
 import json
 import math
@@ -33,7 +32,7 @@ def pdm_patches(*,
                 chain: int = 50,            # sampling steps
                 batch: int = 16,            # images at a time where speed and memory are measured
                 repeats: int = 5,           # timings, interleaved; the median counts
-                features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+                features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
                 speed: bool = False,        # only time and weigh untrained networks
                 out: str = "runs/pdm-patches",  # folder of the runs, pdm_patches.csv and the grids
                 device: str | None = None): # cuda, mps or cpu
@@ -47,7 +46,7 @@ def pdm_patches(*,
         pictures.append(x)
     out.mkdir(parents=True, exist_ok=True)
     name = out / f"pdm_patches-{Path(data).stem}-{size}{'-speed' if speed else ''}.csv"
-    write(name, list(rows.values()), f"features: {features}, {n} samples in {chain} steps", pictures, 1)
+    write(name, list(rows.values()), f"{n} samples in {chain} steps", pictures, 1)
     if not speed:
         curves = [dict(P=f"P = {P}", sigma=float(key[5:]), rmse=value) for P, line in rows.items() for key, value in line.items() if key.startswith("rmse_")]
         plot(name.with_suffix(".png"), curves, "sigma", "rmse", "P")

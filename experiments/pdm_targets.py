@@ -1,10 +1,9 @@
 """PDM's other finding: which training target and weight are robust.
 
-    python experiments/features.py --size 16 --out digits16-features.pt
-    python experiments/pdm_targets.py --quick --features digits16-features.pt
+    python experiments/pdm_targets.py --quick
 
 Trains x, eps and v, and for x the weights 1, sqrt_snr and snr, with and without patches, all alike; writes the error of the
-x_0-prediction by noise level, the Frechet distance where --features is given, and a grid of samples for each.
+x_0-prediction by noise level, the Frechet distance on features of the data, and a grid of samples for each.
 """
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def pdm_targets(*,
                 steps: int | None = None,   # training steps of 32 images for each; default 5,000, quick 250
                 n: int | None = None,       # samples for the Frechet distance and the grid; default 1,000, quick 64
                 chain: int = 50,            # sampling steps
-                features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+                features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
                 out: str = "runs/pdm-targets",  # folder of the runs, pdm_targets.csv and the grids
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
@@ -36,7 +35,7 @@ def pdm_targets(*,
             found, x = trained(run, f"--method pdm --patch {P} --predict {target} --weight {weight}", data, size, steps, n, chain, features, device)
             rows.append(dict(P=P, predict=target, weight=weight) | found)
             pictures.append(x)
-    write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"features: {features}, {n} samples in {chain} steps", pictures, 3)
+    write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"{n} samples in {chain} steps", pictures, 3)
     claim("x and v are robust targets, eps is not, least of all with patches (PDM)", "", "Frechet " + ", ".join(
         f"P = {line['P']} {line['predict']} {line.get('frechet')}" for line in rows if line["weight"] == "sqrt_snr"))
 

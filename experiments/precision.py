@@ -1,4 +1,4 @@
-"""Does bfloat16 cost anything that can be seen?   python experiments/precision.py --features digits-features.pt
+"""Does bfloat16 cost anything that can be seen?   python experiments/precision.py
 
 Trains the same run, same seed and same images, in fp32 and in bf16, and once more in fp32 with another seed, which says how much is chance. Writes the losses
 along the way, the error by noise level, the Frechet distance and a grid. Slow where the hardware does not multiply in bfloat16.
@@ -23,7 +23,7 @@ def precision(*,
               steps: int | None = None,   # training steps of 32 images for each; default 6,000, quick 600
               n: int = 256,               # samples for the Frechet distance and the grid
               chain: int = 50,            # sampling steps
-              features: str | None = None,  # TorchScript file for the Frechet distance (experiments/features.py)
+              features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
               out: str = "runs/precision",  # folder of the runs, precision.csv, losses.csv and the grid
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the tables. A run that is there already is used as it is."""
@@ -35,7 +35,7 @@ def precision(*,
         rows.append(dict(precision=name) | found)
         pictures.append(x)
         losses += [dict(precision=name, step=int(row["step"]), loss=float(row["loss"])) for row in csv.DictReader(open(run / "log.csv"))]
-    write(out / "precision.csv", rows, f"{method}, {data}, {steps} steps of 32 images, {n} samples in {chain} steps, features: {features}", pictures, 1)
+    write(out / "precision.csv", rows, f"{method}, {data}, {steps} steps of 32 images, {n} samples in {chain} steps", pictures, 1)
     write(out / "losses.csv", losses, "the mean loss since the row before")
     plot(out / "losses.png", losses, "step", "loss", "precision", log=False)
     a, b, c = ([row["loss"] for row in losses if row["precision"] == name] for name in CASES)

@@ -60,3 +60,24 @@ def test_an_experiment_trains_measures_and_writes_its_table_grid_and_row(run, tm
     row = out.strip().splitlines()[-1]
     assert row.startswith("| bf16 costs nothing") and row.count("|") == 7 and "precision.py --flags" in row
     assert run("precision", line.replace("--steps 2", "--steps 3"))[2].startswith("error: ")            # the runs that are there are others
+
+
+def test_without_a_features_file_one_is_trained_on_the_classes_and_found_again(run, capsys):
+    run("features", "--help")
+    from common import features_file
+    np.savez("set.npz", images=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 3)
+    np.save("bare.npy", np.zeros((60, 8, 8, 3), np.uint8))
+    path = features_file(None, "set.npz", [3, 8, 8], "cpu")
+    assert path == "runs/features/set-8.pt" and torch.jit.load(path)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape == (2, 64)
+    capsys.readouterr()
+    assert features_file(None, "set.npz", [3, 8, 8], "cpu") == path and not capsys.readouterr().out          # not trained twice
+    assert features_file("none", "set.npz", [3, 8, 8], "cpu") is None
+    assert features_file(None, "bare.npy", [3, 8, 8], "cpu") is None and "no classes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nowhere.pt"):
+        features_file("nowhere.pt", "set.npz", [3, 8, 8], "cpu")
+
+
+@pytest.mark.parametrize("name", ["edm_samplers", "iddpm_steps"])
+def test_a_features_file_that_is_not_there_is_noticed_before_anything_is_trained(run, tmp_path, name):
+    code, _, err = run(name, "--quick --features nowhere.pt")
+    assert code == 2 and err.startswith("error: no such file: nowhere.pt") and not list(tmp_path.iterdir())
