@@ -11,11 +11,11 @@ chosen apart. Table 1 writes four methods in these terms; here each of its rows 
     D(x; sigma)     D                 (B, C, H, W)   denoiser, E[y | y + n]; any function D(x, sigma, y) will do
     F_theta         self.net          (B, C, H, W)   raw network inside D
     lambda(sigma)   lambda_(sigma)    (B, 1, 1, 1)   weight of the loss
-    t_i             t[i]              ()             time steps of the sampler; t_N = 0
+    t_i, t-hat_i    t[i], t_hat[i]    ()             time steps of the sampler, t_N = 0 (N is `steps`); the same with churn's noise
     u_j             u[j]              (M + 1,)       noise levels of the iDDPM column, falling to u_M = 0
 
 `denoiser` makes D of any DDPM-type method, so that `ode_sample` and `ode_invert` serve all papers here. Where we differ from
-the authors' code: the loss is a mean over pixels, theirs a sum (Adam does not notice); VP's sigma goes through expm1 and
+the authors' code: the loss is a mean over pixels, theirs a sum (only clipping notices); VP's sigma goes through expm1 and
 log1p; images are warped bilinearly, theirs with 2x oversampling by a sym6 wavelet, so ours are softer; the labels of the
 augmentation enter as nine constant planes beside the image, theirs through the embedding.
 """
@@ -118,7 +118,7 @@ def ode_sample(D, noise, y=None, *,
     """From unit-variance noise (B, C, H, W) to images, yielding (x, denoised) after each step: Algorithms 1, 2 and 3 in one.
 
     By default sigma(t) = t and s(t) = 1, which makes it Algorithm 2. D(x, sigma, y) gets x in float64 where the device has it and may have sigma_min,
-    sigma_max and round_sigma. One randn_like a step, used or not. ValueError for negative options, and for an alpha that steps past noise level 0.
+    sigma_max and round_sigma. One randn_like a step, used or not; the last step is Euler's, as in the authors' code. ValueError for options that cannot be.
     """
     check("solver", solver, ("heun", "euler"))
     if min(S_churn, S_tmin, S_noise) < 0:
@@ -127,7 +127,10 @@ def ode_sample(D, noise, y=None, *,
     sigmas = rounded(D, sigma_steps(steps, discretization, sigma_min, sigma_max, rho))
     sigma, sigma_inverse, sigma_dot, s, s_dot = schedule_and_scaling(schedule, scaling, *vp_betas(sigma_min, sigma_max))
     t = torch.cat([sigma_inverse(sigmas), sigmas.new_zeros(1)])                                         # t_N = 0
-    if not alpha > 0 or solver == "heun" and (t[:-2] + alpha * t.diff()[:-1] <= 0).any():
+    gamma = ((S_tmin <= sigmas) & (sigmas <= S_tmax)).to(sigmas) * min(S_churn / steps, 2 ** 0.5 - 1)   # Algorithm 2, gamma_i
+    t_hat = torch.where(gamma > 0, sigma_inverse(rounded(D, (1 + gamma) * sigmas)), t[:-1])             # Algorithm 2, line 5
+    t_prime = t_hat + alpha * (t[1:] - t_hat)                                                           # Algorithm 3
+    if not alpha > 0 or solver == "heun" and not ((t_prime > 0) & (sigma(t_prime) > 0))[:-1].all():
         raise ValueError(f"alpha must be above 0 and never step past noise level 0, got {alpha:g} for {steps} steps")
 
     def dx_dt(x, t):
@@ -137,16 +140,14 @@ def ode_sample(D, noise, y=None, *,
 
     x = (sigma(t[0]) * s(t[0])).item() * noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)  # Algorithm 2, line 2
     for i in range(steps):                                                                              # Algorithm 2, line 3
-        gamma = min(S_churn / steps, 2 ** 0.5 - 1) if S_tmin <= sigmas[i] <= S_tmax else 0
         eps = S_noise * randn_like(x)                                                                   # Algorithm 2, line 4
-        t_hat = sigma_inverse(rounded(D, (1 + gamma) * sigmas[i])) if gamma else t[i]                   # Algorithm 2, line 5
-        sigma_added = (sigma(t_hat) ** 2 - sigmas[i] ** 2).clamp(min=0).sqrt()
-        x_hat = (s(t_hat) / s(t[i])).item() * x + (s(t_hat) * sigma_added).item() * eps                 # Algorithm 2, line 6
-        d, denoised = dx_dt(x_hat, t_hat)                                                               # Algorithm 2, line 7
-        h = (t[i + 1] - t_hat).item()
+        sigma_added = (sigma(t_hat[i]) ** 2 - sigmas[i] ** 2).clamp(min=0).sqrt()
+        x_hat = (s(t_hat[i]) / s(t[i])).item() * x + (s(t_hat[i]) * sigma_added).item() * eps           # Algorithm 2, line 6
+        d, denoised = dx_dt(x_hat, t_hat[i])                                                            # Algorithm 2, line 7
+        h = (t[i + 1] - t_hat[i]).item()
         x = x_hat + h * d                                                                               # Algorithm 2, line 8
         if t[i + 1] != 0 and solver == "heun":                                                          # Algorithm 2, line 9
-            d_prime, _ = dx_dt(x_hat + alpha * h * d, t_hat + alpha * h)                                # Algorithm 2, line 10; 3
+            d_prime, _ = dx_dt(x_hat + alpha * h * d, t_prime[i])                                       # Algorithm 2, line 10; 3
             x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)                     # Algorithm 2, line 11; 3
         yield x.to(noise.dtype), denoised.to(noise.dtype)
 
@@ -171,7 +172,7 @@ class EDM(nn.Module):
                  p_train: Literal["edm", "vp", "ve", "iddpm"] | None = None,  # noise levels of training; default the column of precond
                  weight: Literal["edm", "vp", "ve", "iddpm"] | None = None,  # lambda(sigma); default the column of precond
                  sigma_data: float = 0.5,    # standard deviation of the training images (Table 1)
-                 P_mean: float = -1.2,       # mean of ln(sigma) in training (Table 1)
+                 P_mean: float = -1.2,       # mean of ln(sigma) in training; -1.2 in Table 1
                  P_std: float = 1.2,         # standard deviation of ln(sigma) in training (Table 1)
                  augment: float = 0.0):      # probability of each geometric augmentation (Table 6), mirroring included
         super().__init__()
@@ -207,8 +208,7 @@ class EDM(nn.Module):
             x_in = torch.cat([x_in, labels[:, :, None, None].expand(-1, -1, *x.shape[2:])], dim=1)      # (B, C + 9, H, W)
         return (c_skip * x + c_out * self.net(x_in, c_noise.flatten().float(), y)).to(x.dtype)          # Eq. 7
 
-    forward = D          # an EDM is its own D
-    sample = ode_sample
+    forward, sample = D, ode_sample          # an EDM is its own D
 
     def round_sigma(self, sigma):
         """The nearest noise level that the network knows."""
@@ -251,7 +251,6 @@ class FromDDPM:
         self.sigma_min, self.sigma_max = self.sigma[[0, -1]].tolist()
 
     def round_sigma(self, sigma):
-        """The nearest noise level that the network knows."""
         return self.sigma[nearest(self.sigma, sigma)]
 
     def __call__(self, x, sigma, y=None):
