@@ -11,6 +11,8 @@ Noise an image in T small Gaussian steps; train a network to tell the noise in i
     alpha_t         alpha             (B, 1, 1, 1)   alpha_bar_t / alpha_bar_s, which is 1 - beta_t where s = t-1
     alpha_bar_t     alpha_bar[t]      (T + 1,)       alpha_1 ... alpha_t; alpha_bar[0] = 1; DDIM calls it alpha_t
     eps_theta       self.eps_theta    (B, C, H, W)   predicted noise
+    mu_tilde_t, ..  q_posterior       (B, C, H, W)   mean of q(x_{t-1} | x_t, x_0), and its variance beta_tilde_t
+    sigma_t^2       exp(log_variance)                variance of the reverse step; DDIM's sigma is `sigma`
     tau             steps                            DDIM's kept steps
 
 Where we follow the authors' code rather than the page: sampling goes through x_0_hat (Eq. 15), clipped to [-1, 1], and
@@ -133,11 +135,10 @@ class DDPM(nn.Module):
         """The t of a chain, [tau_1, ...] increasing from 1 to T: all, `steps` of them evenly spaced (one alone is T), or the given list."""
         if isinstance(steps, list):
             return steps
-        if steps is None or steps == 1:
-            return list(range(1, self.T + 1)) if steps is None else [self.T]
+        steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie in 1..{self.T}, got {steps}")
-        return torch.linspace(1, self.T, steps, dtype=torch.float64).round().long().tolist()
+        return torch.linspace(1 if steps > 1 else self.T, self.T, steps, dtype=torch.float64).round().long().tolist()
 
     # Variational bound
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Improved Denoising Diffusion Probabilistic Models.  Nichol & Dhariwal, 2021.  arXiv:2102.09672
 
 DDPM plus three things: a cosine noise schedule, a learned reverse variance, and a loss that trains it. With these a chain
-of 1000 steps can be sampled in 50. Notation as in ddpm.py, and
+of 4000 steps can be sampled in 100. Notation as in ddpm.py, and
 
     paper           code                shape           meaning
     v               v                   (B, C, H, W)    network's second half: where log Sigma lies between its bounds
@@ -33,9 +33,10 @@ def cosine_betas(T, s=0.008):
 class IDDPM(DDPM):
     """DDPM with a cosine schedule and a variance learned through the variational bound."""
     def __init__(self, make_net, channels, *,
-                 T: int = 1000,                                 # number of diffusion steps (Sec. 3)
+                 T: int = 1000,                                 # number of diffusion steps; 4000 in Sec. 3
                  schedule: Literal["cosine", "linear"] = "cosine",  # noise schedule (Eq. 17; DDPM Sec. 4)
                  objective: Literal["simple", "hybrid", "vlb"] = "hybrid",  # simple: fixed variance; hybrid: Eq. 16; vlb: Eq. 18
+                 importance: bool = True,                       # draw L_vlb's t by the size of its terms (Eq. 18), not evenly
                  lambda_vlb: float = 0.001,                     # lambda, weight of L_vlb in L_hybrid (Eq. 16)
                  variance: Literal["large", "small"] = "large",  # sigma_t^2 where none is learned: beta_t or beta_tilde_t
                  clip: bool = True):                            # clip x_0_hat to [-1, 1] in sampling
@@ -43,7 +44,7 @@ class IDDPM(DDPM):
         self.objective, self.learned, self.lambda_vlb = objective, objective != "simple", lambda_vlb
         self.net, self.variance, self.clip = make_net(channels, 2 * channels if self.learned else channels), variance, clip
         self.set_schedule(cosine_betas(T) if schedule == "cosine" else linear_betas(T))
-        self.sampler = LossAwareSampler(T) if objective == "vlb" else None
+        self.sampler = LossAwareSampler(T) if objective == "vlb" and importance else None
 
     def outputs(self, x_t, t, y=None):
         """The network's two halves: eps (B, C, H, W), and v likewise, or None where the variance is fixed."""
@@ -58,7 +59,7 @@ class IDDPM(DDPM):
         return self.x_0_and_v(x_t, t, y)[0]
 
     def p_mean_variance(self, x_t, t, s, y=None, first=(1, 2)):
-        """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; Eqs. 1 and 15."""
+        """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; DDPM Eq. 1, Eq. 15."""
         x_0_hat, v = self.x_0_and_v(x_t, t, y)
         x_0_hat = x_0_hat.clamp(-1, 1) if self.clip else x_0_hat
         return self.q_posterior(x_0_hat, x_t, t, s)[0], self.log_variance(t, s, first, v), x_0_hat
@@ -71,7 +72,7 @@ class IDDPM(DDPM):
         return fraction * self.beta(t, s).log() + (1 - fraction) * self.log_beta_tilde(t, s, first)     # Eq. 15
 
     def loss(self, x_0, y=None):
-        """L_simple, L_hybrid or importance-sampled L_vlb of images in [-1, 1], by `objective`; Sec. 3."""
+        """L_simple, L_hybrid or L_vlb of images in [-1, 1], by `objective`; Sec. 3."""
         t, weight = self.draw_t(len(x_0), x_0.device)
         eps = torch.randn_like(x_0)
         x_t = self.q_sample(x_0, t, eps)
@@ -83,7 +84,8 @@ class IDDPM(DDPM):
             L_t = self.L_t(x_0, x_t, t, self.x_0_hat(x_t, t, eps_hat).detach(), v)                      # Sec. 3.1
             return (L_simple + self.lambda_vlb * self.T * L_t).mean()                                   # Eq. 16
         L_t = self.L_t(x_0, x_t, t, self.x_0_hat(x_t, t, eps_hat), v)
-        self.sampler.update(t, L_t.detach())
+        if self.sampler is not None:
+            self.sampler.update(t, L_t.detach())
         return (weight * self.T * L_t).mean()                                                           # Eq. 18
 
     def L_t(self, x_0, x_t, t, x_0_hat, v):
@@ -92,7 +94,7 @@ class IDDPM(DDPM):
         return self.vlb_term(x_0, x_t, t, t - 1, mean, self.log_variance(t, t - 1, (1, 2), v)).to(x_0.dtype)
 
     def draw_t(self, B, device):
-        """t (B, 1, 1, 1) and its importance weight 1/(T p_t) (B,); uniform but for objective vlb."""
+        """t (B, 1, 1, 1) and its importance weight 1/(T p_t) (B,); uniform without a sampler."""
         if self.sampler is None:
             return torch.randint(1, self.T + 1, (B, 1, 1, 1), device=device), 1.0
         p = self.sampler.probabilities()

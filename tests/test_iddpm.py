@@ -115,6 +115,9 @@ def test_l_vlb_is_the_sum_of_the_terms_however_t_is_drawn():
     weighted = losses(1_000, 20)
     assert abs(uniform.mean() - terms.sum()) < 0.2 * terms.sum()
     assert abs(weighted.mean() - terms.sum()) < 5 * weighted.std() / math.sqrt(20)
+    model = IDDPM(constants(0, v), 1, T=T, objective="vlb", importance=False)
+    evenly = losses(1_000, 20)
+    assert model.sampler is None and abs(evenly.mean() - terms.sum()) < 5 * evenly.std() / math.sqrt(20) and evenly.std() > 2 * weighted.std()
 
 
 @pytest.mark.parametrize("name", ["RESCALED_MSE", "L_simple"])
