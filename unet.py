@@ -108,11 +108,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all H W positions, in heads of 64 channels."""
+    """x + self-attention over all H W positions, in heads of 64 channels, or a few more."""
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = next(k for k in range(max(1, channels // 64), 0, -1) if channels % k == 0)
         self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class Sinusoid(nn.Module):
-    """(B,) -> (B, dim): cosines and sines at dim/2 frequencies from 4 down to 0.0004 radians a unit.
+    """(B,) -> (B, dim): cosines and sines at dim/2 frequencies from 4 down to about 0.0005 radians a unit.
 
     The papers start at 1 radian; 4 also tells neighbours apart where c_noise is EDM's ln(sigma)/4, a range of 2.7.
     """

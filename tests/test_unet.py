@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import close, closed_form
 
-from unet import Guided, Sinusoid, UNet
+from unet import Attention, Guided, Sinusoid, UNet
 
 
 def trained(*args, **kw):  # a U-Net whose zero-initialised layers are filled, as training would
@@ -32,6 +32,12 @@ def test_fractional_multipliers_and_several_blocks_are_allowed():
     net = UNet(3, 3, width=16, mults=(1, 1.5, 2), blocks=3, attention=())
     assert [level[-1].conv2.out_channels for level in net.down] == [16, 24, 32]
     assert [len(level) for level in net.up] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("channels, heads", [(8, 1), (64, 1), (128, 2), (200, 2), (256, 4), (193, 1)])
+def test_attention_has_a_head_for_every_64_channels_or_as_many_as_divide_them(channels, heads):
+    net = Attention(channels)
+    assert net.heads == heads and net(torch.randn(1, channels, 2, 2)).shape == (1, channels, 2, 2)
 
 
 def test_the_last_block_of_a_level_on_the_way_up_gives_the_next_level_s_width():
