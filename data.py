@@ -202,14 +202,17 @@ def from_arrays(path, size, channels):
             refuse_what_unpacks_to(path, sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()))
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
+            named = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in sorted(loaded.files, key=lambda name: "train" not in name)}
     except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path}: {error}")
-    images = next((a for a in arrays if a.ndim >= 3), None)
+    arrays, several = list(named.values()), [name for name, a in named.items() if a.ndim >= 3]
+    if len(several) > 1 and not ("train" in several[0] and "train" not in several[1]):
+        raise ValueError(f"{path} holds several arrays of images, {', '.join(several)}: keep one, or call it x_train")
+    images = named[several[0]] if several else None
     if images is None or images.ndim > 4 or not (images.dtype == np.uint8 or images.dtype.kind == "f") or not images.size:
         raise ValueError(f"{path} must hold images: uint8 (N,C,H,W), (N,H,W,C) or (N,H,W), or float (N,C,H,W); it holds "
                          + "; ".join(f"{a.dtype} {a.shape}" for a in arrays))
-    y = next((a for a in arrays if a.shape == (len(images),) and a.dtype.kind in "iu"), None)
+    y = next((a.ravel() for a in arrays if a.shape in ((len(images),), (len(images), 1)) and a.dtype.kind in "iu"), None)
     if images.dtype.kind == "f":
         if images.ndim != 4 or size is not None and size != images.shape[2:] or channels not in (None, images.shape[1]):
             raise ValueError(f"float arrays are latents (N,C,H,W), used as they are; {path} is {images.shape}")
@@ -220,7 +223,7 @@ def from_arrays(path, size, channels):
     if images.shape[-1] not in (1, 3):
         images = images.transpose(0, 2, 3, 1)
     if images.shape[-1] not in (1, 3):
-        raise ValueError(f"{path} has neither 1 nor 3 channels: {arrays[0].shape}")
+        raise ValueError(f"{path} has neither 1 nor 3 channels: {images.shape}")
     return to_nchw(fit_array(images, size, channels)), *labels_of(y)
 
 

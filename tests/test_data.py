@@ -124,6 +124,16 @@ def test_uint8_arrays_may_have_their_channels_first_last_or_none(tmp_path, shape
     assert np.array_equal(images, expected) and labels.tolist() == [0, 1, 0, 1, 0] and names == ["0", "1"]
 
 
+def test_of_several_arrays_the_training_images_are_taken_or_none(tmp_path):
+    a, b = np.zeros((5, 8, 8, 3), np.uint8), np.ones((7, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "keras.npz", x_test=a, y_test=np.arange(5)[:, None], x_train=b, y_train=np.arange(7)[:, None] % 3)
+    images, labels, _ = load(tmp_path / "keras.npz")
+    assert len(images) == 7 and images.min() == 1 and labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    np.savez(tmp_path / "two.npz", a=a, b=b)
+    with pytest.raises(ValueError, match="several arrays of images, a, b"):
+        load(tmp_path / "two.npz")
+
+
 def test_float_arrays_are_latents_and_come_back_as_they_are(tmp_path):
     a = np.random.default_rng(0).normal(size=(3, 4, 8, 8)).astype(np.float16)
     np.save(tmp_path / "a.npy", a)
