@@ -9,11 +9,12 @@ mixed; the large ones teach how far regions belong together. Notation as in edm.
     R               R                                  image size, the smaller side where it is not square
     s               size                               crop size: R, R/2 or R/4; R/s times as many images a step
     p               p_full                             share of the steps that see whole images
-    i, j            coords            (B, 2, H, W)     where each pixel lies, x then y, in [-1, 1] of the whole image
+    x~              crop              (B, C, h, w)     the window of the image, its corner (i, j) drawn evenly
+    u(k)            coords            (B, 2, h, w)     where each pixel lies, x then y, in [-1, 1] of the whole image
 
 This is not PDM (Luhman 2022), which folds pixels into channels. Where we differ from the authors' code: R/s times as many
-images at size s for every R (their table lacks 28, 32, 48 and 96); the loss is a mean over pixels, so that all sizes weigh
-alike, theirs a sum, in which a quarter crop weighs 1/16 of an image.
+images at size s for every R (their table lacks 28, 32, 48 and 96); EDM's 18 steps, theirs 50; the loss is a mean over pixels,
+so that all sizes weigh alike, theirs a sum, in which a quarter crop weighs 1/16 of an image.
 """
 from typing import Literal
 
@@ -32,7 +33,7 @@ class PatchDiffusion(EDM):
                  sizes: Literal["stochastic", "progressive"] = "stochastic",  # crop sizes at random, or small to large (Sec. 3.2)
                  quarter: bool = True,       # crops of R/4 beside those of R/2; latents do without
                  sigma_data: float = 0.5,    # standard deviation of the training images (EDM Table 1)
-                 P_mean: float = -1.2,       # mean of ln(sigma) in training (EDM Table 1)
+                 P_mean: float = -1.2,       # mean of ln(sigma) in training; -1.2 in EDM's Table 1
                  P_std: float = 1.2):        # standard deviation of ln(sigma) in training (EDM Table 1)
         super().__init__(lambda c_in, c_out: Positioned(make_net(c_in + 2, c_out)), channels, sigma_data=sigma_data, P_mean=P_mean, P_std=P_std)
         self.p_full, self.sizes, self.quarter = p_full, sizes, quarter
@@ -46,10 +47,9 @@ class PatchDiffusion(EDM):
 
     def loss(self, x, y=None, size=None):
         """EDM's loss on a crop of each image in [-1, 1], of this size, by default drawn; Sec. 3.1."""
-        H, W = x.shape[2:]
-        R = min(H, W)
+        R = min(x.shape[2:])
         size = size or self.draw_size(R, torch.rand(()).item())
-        crop, coords = random_crop(x, (H * size // R, W * size // R))
+        crop, coords = random_crop(x, tuple(n * size // R for n in x.shape[2:]))
         return super().loss(crop, (y, coords))
 
 
@@ -66,10 +66,7 @@ class Positioned(nn.Module):
 
 
 def coordinates(H, W, image=None):
-    """(2, H, W): x (columns), then y (rows), -1 and 1 at the corners of an image of that size; Sec. 3.3.
-
-    image: the size (H, W) in whose terms to speak; by default the same, so that the corners are those of the canvas.
-    """
+    """(2, H, W): x (columns), then y (rows), -1 and 1 at the corners of an image of that size, or of the size `image` (H, W); Sec. 3.3."""
     R_y, R_x = image or (H, W)
     x = 2 * torch.arange(W) / max(1, R_x - 1) - 1                                                       # Sec. 3.3
     y = 2 * torch.arange(H) / max(1, R_y - 1) - 1                                                       # Sec. 3.3
@@ -85,7 +82,7 @@ def random_crop(x, s):
     i = torch.randint(H - h + 1, (B, 1, 1, 1), device=x.device) + torch.arange(h, device=x.device)[:, None]
     j = torch.randint(W - w + 1, (B, 1, 1, 1), device=x.device) + torch.arange(w, device=x.device)
     b, c = torch.arange(B, device=x.device)[:, None, None, None], torch.arange(C + 2, device=x.device)[:, None, None]
-    both = torch.cat([x, coordinates(H, W).to(x).expand(B, -1, -1, -1)], dim=1)[b, c, i, j]             # (B, C + 2, h, w)
+    both = torch.cat([x, coordinates(H, W).to(x).expand(B, -1, -1, -1)], dim=1)[b, c, i, j]             # Sec. 3.1
     return both[:, :C], both[:, C:]
 
 
@@ -101,7 +98,7 @@ def progressive_size(R, p, progress, quarter=True):
     """The crop size at `progress` in [0, 1] of the run: small to large, each for its share; Sec. 3.2."""
     until = 0
     for size, share in sorted(patch_sizes(R, p, quarter).items()):
-        until += share
+        until += share                                                                                  # Sec. 3.2
         if progress < until:
             return size
     return R

@@ -13,9 +13,10 @@ A network of so few positions should predict the image (or v), not the noise. No
     SNR(t)          snr(t)              (B, 1, 1, 1)         alpha_bar_t / (1 - alpha_bar_t)
     v               out                 (B, C, H, W)         network's output, if v is its target; IDDPM's v is `var` here
     gamma_t         gamma(t)            (B, 1, 1, 1)         weight of the loss, always taken on x
+    x_theta, x*     x_0_hat             (B, C, H, W)         the network's prediction; the optimal one is `posterior_mean`
 
 This is not Patch Diffusion (Wang et al. 2023), which trains on crops. Where we differ from the authors' code: the order of
-the channels in a patch; here the cosine schedule and a fixed variance are the defaults, see there.
+the channels in a patch; here the cosine schedule and a fixed variance are the defaults (theirs: linear, learned).
 """
 from typing import Literal
 
@@ -42,13 +43,14 @@ def posterior_mean(x_t, alpha_bar, data):
     alpha_bar, logits = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1), []
     for x in data:                                                                                      # (n, C H W)
         distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)  # Optimal prediction
-        logits.append(-distance / (2 * (1 - alpha_bar)))                                                # (B, n)
+        logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))                                                # (B, n)
     w = torch.cat(logits, dim=1).softmax(1).split(1000, dim=1)                                          # (B, N) in parts
     return sum(w_k @ x.to(z) for w_k, x in zip(w, data)).view_as(x_t).to(x_t.dtype)
 
 
 class PDM(IDDPM):
     """IDDPM whose network sees patches as channels, with a choice of training target and loss weight."""
+    guidance = 1.5                                                          # what sample.py takes where classes are used; Guidance
     def __init__(self, make_net, channels, *,
                  patch: tuple[int, ...] = 4,                         # P, patch size; 1 is the plain U-Net; one for each part, noisiest first
                  predict: Literal["x", "eps", "v"] = "x",            # what the network predicts

@@ -31,7 +31,9 @@ TESTS = {
                 D="test_the_preconditionings_of_one_optimal_network_agree_on_D", loss="test_the_weighted_error_is_the_authors", draw_sigma="test_each_column_trains_at_its_own_noise_levels",
                 lambda_="test_the_weighted_error_is_the_authors", __init__="test_a_network_trained_on_steps_is_a_denoiser_at_their_noise_levels",
                 __call__="test_a_network_trained_on_steps_is_a_denoiser_at_their_noise_levels", augment="test_the_labels_tell_exactly_where_each_pixel_came_from"),
-    "patch_diffusion": dict(coordinates="test_the_corners_are_exactly_minus_1_and_1_and_x_comes_first", patch_sizes="test_the_shares_are_p_three_fifths_and_two_fifths_of_the_rest"),
+    "patch_diffusion": dict(coordinates="test_the_corners_are_exactly_minus_1_and_1_and_x_comes_first", patch_sizes="test_the_shares_are_p_three_fifths_and_two_fifths_of_the_rest",
+                            random_crop="test_a_crop_is_a_window_of_the_image_not_resized_and_its_coordinates_that_window_of_the_grid",
+                            progressive_size="test_progressive_sizes_grow_and_keep_their_shares"),
 }
 
 

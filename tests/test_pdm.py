@@ -280,7 +280,7 @@ def test_the_posterior_mean_is_the_data_weighted_by_how_well_they_explain_x_t():
 
 def test_the_posterior_mean_is_stable_from_almost_no_noise_to_nothing_but_noise():
     data = 2 * torch.rand(1500, 3, 16, 16) - 1
-    for a, expected in ((1 - 1e-9, data[:4]), (1e-12, data.mean(0).expand(4, -1, -1, -1))):
+    for a, expected in ((1, data[:4]), (1 - 1e-9, data[:4]), (1e-12, data.mean(0).expand(4, -1, -1, -1))):
         x = posterior_mean(math.sqrt(a) * data[:4] + math.sqrt(1 - a) * torch.randn(4, 3, 16, 16), a, data)
         assert x.dtype == torch.float32 and (x - expected).abs().max() < 1e-3
     equal = torch.stack([torch.ones(1, 2, 2), -torch.ones(1, 2, 2)])
