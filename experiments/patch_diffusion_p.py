@@ -1,4 +1,4 @@
-"""Patch Diffusion's claim: crops make training about twice as fast at no cost in quality, if some steps see whole images (Table and Figs. 2, 3).
+"""Patch Diffusion's claim: crops make training about twice as fast at no cost in quality, if some steps see whole images.
 
     python experiments/patch_diffusion_p.py --quick
 
@@ -36,7 +36,7 @@ def patch_diffusion_p(*,
         pictures.append(x)
     write(out / "patch_diffusion_p.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps", pictures, 3)
     half, one = rows[3], rows[5]
-    claim("crops make training twice as fast at no cost in quality (Patch Diffusion, Table 2, Fig. 2)", "p = .5: half the time, FID as good",
+    claim("crops make training twice as fast at no cost in quality (Patch Diffusion)", "p = .5: half the time, FID as good",
         f"{one['seconds'] / half['seconds']:.2f}x; Frechet {half.get('frechet')} for p = .5, {one.get('frechet')} for p = 1")
 
 

@@ -20,6 +20,7 @@ def pdm_targets(*,
                 data: str = "digits",       # digits, or what train.py's --data takes
                 size: int | None = None,    # image size; default 32, quick 16
                 patches: tuple[int, ...] = (1, 4),  # patch sizes
+                schedule: str = "linear",   # the paper's, or cosine: there sqrt(SNR) weighs eps's error 130 times more at t = T
                 steps: int | None = None,   # training steps of 32 images for each; default 5,000, quick 250
                 n: int | None = None,       # samples for the Frechet distance and the grid; default 1,000, quick 64
                 chain: int = 50,            # sampling steps
@@ -31,11 +32,11 @@ def pdm_targets(*,
     out, rows, pictures = Path(out), [], []
     for P in patches:
         for target, weight in CASES:
-            run = out / f"{Path(data).stem}-{size}-P{P}-{target}-{weight}"
-            found, x = trained(run, f"--method pdm --patch {P} --predict {target} --weight {weight}", data, size, steps, n, chain, features, device)
+            run = out / f"{Path(data).stem}-{size}-P{P}-{target}-{weight}-{schedule}"
+            found, x = trained(run, f"--method pdm --patch {P} --predict {target} --weight {weight} --schedule {schedule}", data, size, steps, n, chain, features, device)
             rows.append(dict(P=P, predict=target, weight=weight) | found)
             pictures.append(x)
-    write(out / f"pdm_targets-{Path(data).stem}-{size}.csv", rows, f"{n} samples in {chain} steps", pictures, 3)
+    write(out / f"pdm_targets-{Path(data).stem}-{size}-{schedule}.csv", rows, f"{n} samples in {chain} steps", pictures, 3)
     claim("x and v are robust targets, eps is not, least of all with patches (PDM)", "", "Frechet " + ", ".join(
         f"P = {line['P']} {line['predict']} {line.get('frechet')}" for line in rows if line["weight"] == "sqrt_snr"))
 
