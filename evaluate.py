@@ -96,7 +96,7 @@ def evaluate(path, options, *,
         run = chain(method, sampler, options, shape)
         with Cost(method, n) as cost:
             samples = draw(run, shape, [(seed, i) for i in range(n)], batch, labels, device)
-        report["samples"] = dict(sampler=sampler, options=options) | cost.says("samples")
+        report["samples"] = dict(sampler=sampler, options=options) | ({} if labels is None else dict(guidance=getattr(method, "guidance", 1.0) if guidance is None else guidance)) | cost.says("samples")
     if frechet:
         report["frechet"] = frechet_report(network, samples, x, source, batch)
     if nearest:

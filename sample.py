@@ -17,11 +17,11 @@ from tqdm import tqdm
 import data as pixels
 from edm import denoiser, ode_sample
 from patch_diffusion import PatchDiffusion, coordinates
-from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, ranks, read, seeded_noise
+from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, ranks, read, seeded_noise, to_precision
 from unet import Guided, UNet
 
 SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
-                churn=dict(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003))  # EDM Table 5, ImageNet-64
+                churn=dict(steps=256, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003))  # EDM Table 5, ImageNet-64
 
 
 def sample(path, options, *,
@@ -31,7 +31,10 @@ def sample(path, options, *,
            seeds: str | None = None,   # one seed an image, as 0-63,100: each is the first image of that --seed, and its file is named by it
            batch: int = 64,            # images at a time; halved by itself where a GPU's memory is short
            class_: tuple[str, ...] = (),  # a class, by name or number; several, or "all": a row for each; default all in turn
-           guidance: tuple[float, ...] = (),  # weight of classifier-free guidance; several: a row for each; default 1, patch_diffusion 1.3
+           guidance: tuple[float, ...] = (),  # weight of classifier-free guidance; several: a row for each; default 1, pdm 1.5, patch_diffusion 1.3
+           clip: bool | None = None,   # clip x_0_hat to [-1, 1] in the method's own sampler; default as trained
+           variance: typing.Literal["large", "small"] | None = None,  # its variance, where none is learned; default as trained
+           precision: typing.Literal["fp32", "bf16"] = "fp32",  # of the network; the sampler's state stays as it is
            compare: tuple[str, ...] = (),  # more checkpoints, drawn from the same noise: a row for each
            gif: bool = False,          # the chain as an animation: x above, the estimate of x_0 below
            strip: bool = False,        # eight moments of the chain in a row: x above, the estimate of x_0 below
@@ -44,6 +47,13 @@ def sample(path, options, *,
            device: str | None = None): # cuda, mps or cpu; default the first of them that is there
     """Write images drawn with `sampler` under its own `options`. Raises ValueError before any work."""
     loaded = {p: load(p, ema=not raw, device=device) for p in (path, *compare)}
+    for method, _ in loaded.values():
+        for name, value in dict(clip=clip, variance=variance).items():
+            if value is not None and (sampler != "own" or not hasattr(method, name) or name == "variance" and getattr(method, "learned", False)):
+                raise ValueError(f"--{name} does not suit {'the learned variance' if hasattr(method, name) and sampler == 'own' else f'--sampler {sampler}'} of {type(method).__name__}")
+            if value is not None:
+                setattr(method, name, value)
+        to_precision(method, next(method.parameters()).device, precision)
     checkpoint, w = loaded[path][1], guidance[0] if guidance else None
     class_ = tuple(checkpoint["classes"]) if class_ == ("all",) and checkpoint["classes"] else class_
     rows_of = {"--class": len(class_) > 1, "--guidance": len(guidance) > 1, "--compare": compare, "--gif": gif, "--strip": strip}
@@ -139,7 +149,7 @@ class Cost:
             hook.remove()
 
     def says(self, what, images=None):
-        """Print it, with the images' mean and spread by channel, and return it."""
+        """Print it, with the images' mean and spread, and return it."""
         print(f"{self.n} {what}: {self.seen / self.n:.0f} network evaluations and {self.seconds / self.n:.3f} s each"
               + (f"; mean {images.mean():.3f}, std {images.std():.3f} in [-1, 1]" if images is not None else ""))
         return dict(n=self.n, nfe=self.seen / self.n, seconds_per_image=self.seconds / self.n)
@@ -193,7 +203,7 @@ def place(method, checkpoint, window, canvas, extend, zoom):
             raise ValueError("--canvas takes height and width, and either --extend or --zoom")
         coords = coordinates(h, w, (H, W)) if extend else coordinates(h, w)
         print(f"note: the model was trained on {H}x{W}; how good a canvas of {h}x{w} looks is not promised")
-    check_size((h, w), 1, config["mults"], config["attention"])
+    check_size((h, w), 1, config["mults"], config["attention"], change="a --window of" if window else "--canvas")
     method.net.coords = coords.to(next(method.parameters()).device)
     return C, h, w
 

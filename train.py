@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data as pixels
 from ddpm import DDPM
-from edm import EDM, denoiser
+from edm import EDM, denoiser, nearest
 from iddpm import IDDPM
 from patch_diffusion import PatchDiffusion, patch_sizes
 from pdm import PDM
@@ -47,7 +47,7 @@ DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID |
 VERSION = 2  # of the checkpoint's layout
 FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile", "cooldown"}  # what --resume may change; data may move, not change
 RANGES = dict(steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9), keep=(0, 1e6), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63),
-              lr=(0, 1), warmup=(0, 1e9), decay=(0, 1e9), cooldown=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
+              lr=(0, 1), beta_2=(0, 1 - 1e-9), warmup=(0, 1e9), decay=(0, 1e9), cooldown=(0, 1e9), ema=(0, 1), clip_grad=(0, 1e9), drop_label=(0, 1),
               width=(2, 1e5), mults=(1 / 64, 64), blocks=(1, 100), dropout=(0, 1), patch=(1, 1024), T=(2, 1e6),
               sigma_data=(1e-6, 1e6), P_mean=(-100, 100), P_std=(0, 100), augment=(0, 1), p_full=(0, 1))
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # noise levels sigma of the held-out error
@@ -63,11 +63,12 @@ def train(config, state=None, *,
           batch: int = 32,             # images a step
           accumulate: int = 1,         # parts that a batch is cut into, to save memory
           lr: float = 2e-3,            # learning rate of Adam
+          beta_2: float = 0.99,        # Adam's beta_2; the papers' 0.999 is for long runs
           warmup: int = 200,           # steps over which the learning rate rises from 0
           decay: int = 500,            # steps after which it falls as 1/sqrt(step); 0 for never
           cooldown: int = 0,           # last steps, over which it falls to 0 as well: for deterministic samplers
           ema: float = 0.999,          # decay of the averaged weights, lower at first: min(ema, (1 + n) / (10 + n))
-          clip_grad: float = 1.0,      # largest norm of the gradient
+          clip_grad: float = 1.0,      # largest norm of the gradient; 0 for any
           flip: bool = False,          # mirror half of the images (never digits or text)
           conditional: bool = False,   # train with the class labels, for sample.py --class and --guidance
           drop_label: float = 0.1,     # share of labels hidden, so that guidance knows the unconditional model
@@ -76,7 +77,7 @@ def train(config, state=None, *,
           keep: int = 0,               # older checkpoints that stay; each has its step as a second name, ckpt-001000.pt
           grid: int = 64,              # images in each grid of samples
           seed: int = 0,               # seed of the weights, the data order and the noise
-          precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # bf16: autocast; auto: where the hardware has it
+          precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # of the network; auto: bf16 where the hardware has it
           compile: bool = False,       # torch.compile the network: worth its minute in runs of hours
           device: str | None = None):  # cuda, mps or cpu; default the first of them that is there
     """Train the method of `config` (every flag) and write the run's folder; `state` is the checkpoint to go on from.
@@ -105,16 +106,19 @@ def train(config, state=None, *,
     if conditional and labels is None:
         raise ValueError(f"--conditional needs classes: {data} has none (one sub-folder a class, or labels in an .npz)")
     shape, names = list(images.shape[1:]), names if conditional else []
-    some = pixels.to_float(images[:: len(images) // 1000 + 1])
-    print(f"{data}: {len(images):,} images, {'x'.join(map(str, shape))}, "
-          f"{'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} in [-1, 1]")
+    some, latents = pixels.to_float(images[:: len(images) // 1000 + 1]), images.is_floating_point()
+    print(f"{data}: {len(images):,} images, {'x'.join(map(str, shape))}, {'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} "
+          + (f"from {some.min():.3g} to {some.max():.3g}: floats, so latents, used as they are and not clipped; pixels are uint8" if latents else "in [-1, 1]"))
+    if len(images) < 1000 and not overfit:
+        print("note: so few images are soon learned by heart" + "; none is held out, rmse_* are of images trained on" * (len(images) < 40))
     fingerprint = zlib.crc32(images.numpy())
     if resume and state.get("fingerprint", fingerprint) != fingerprint:
         raise ValueError(f"{data} does not hold the images that {run} was trained on")
     labels = labels if conditional else None
-    latents = images.is_floating_point()
-    if latents and "quarter" in config:
-        config = config | dict(quarter=False)
+    if latents:
+        config = config | {name: False for name in ("clip", "quarter") if name in config}
+        if config.get("objective", "simple") != "simple" or config.get("learn_variance"):
+            raise ValueError("the bound that a learned variance trains on is one of 8-bit pixels; latents do without: " + ("--objective simple" if "objective" in config else "--no-learn_variance"))
     (images, labels), (held, held_y) = hold_out(images, labels, overfit)
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -127,7 +131,7 @@ def train(config, state=None, *,
     method = to_device(build(saved), device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     weights = list(method.parameters())
-    optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))  # a third of the plain one's time: 4% of a PDM step on a CPU
+    optimizer = torch.optim.Adam(weights, lr=lr, betas=(0.9, beta_2), fused=device.type in ("cpu", "cuda"))  # a third of the plain one's time: 4% of a PDM step on a CPU
     step, seen, seconds, R = 0, 0, 0.0, min(shape[1:])
     losses, norms, levels, largest = [], [], [], []              # since the last line of the log; the others since the last look at them
     sizes = dict.fromkeys(patch_sizes(R, method.p_full, method.quarter), 0) if isinstance(method, PatchDiffusion) else {}  # {crop size: steps}
@@ -143,6 +147,8 @@ def train(config, state=None, *,
     if compile:
         for net in [net for net in method.modules() if isinstance(net, UNet)]:
             net.forward = torch.compile(net.forward)
+    for module in (method, averaged):
+        to_precision(module, device, precision)
     loss_of = method.loss if world == 1 else parallel(method, find_unused_parameters=bool(config.get("split_snr")))
     method.net.register_forward_hook(lambda net, x, out: largest.append(out.detach().flatten(1).abs().amax(1)))
     if rank == 0:
@@ -156,7 +162,7 @@ def train(config, state=None, *,
                                    step=step, images=seen, sizes=sizes, losses=[] if report else recent.tolist(), seconds=seconds + time.time() - start, rng=rng_state(device)), keep)
 
     start = since = time.time()
-    seen_before = seen
+    seen_before, part_of_batch = seen, min(64, max(16, batch // accumulate))
     with Stop() as stop, tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5) as bar:
         while step < steps:
             for group in optimizer.param_groups:
@@ -173,11 +179,11 @@ def train(config, state=None, *,
                     x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x, x.flip(3))
                 if y is not None:
                     y = torch.where(torch.rand(len(y), device=device) < drop_label, -1, y)
-                with autocast(device, precision), contextlib.nullcontext() if world == 1 or k == accumulate - 1 else loss_of.no_sync():
+                with contextlib.nullcontext() if world == 1 or k == accumulate - 1 else loss_of.no_sync():
                     part = loss_of(x, y, *crop) / accumulate
                     (part * world).backward()                  # DistributedDataParallel takes the mean over processes; this makes it the sum
                 loss = loss + part.detach()
-            norms.append(torch.nn.utils.clip_grad_norm_(weights, clip_grad))
+            norms.append(torch.nn.utils.clip_grad_norm_(weights, clip_grad or math.inf))
             optimizer.step()
             optimizer.zero_grad()
             torch._foreach_lerp_(list(averaged.parameters()), [w.detach() for w in weights],      # half the time of a loop: 1% of a PDM step
@@ -200,16 +206,14 @@ def train(config, state=None, *,
                 rate = (seen - seen_before) / (time.time() - since)
                 bar.set_postfix(loss=f"{recent.mean():.4f}", images_per_s=f"{rate:.0f}", refresh=False)
             if rank == 0 and report:                            # the log first: a line too many goes on --resume, one too few would be lost
-                with autocast(device, precision):
-                    errors = held_out_error(averaged, held, held_y)
+                errors = held_out_error(averaged, held, held_y, part_of_batch)
                 log.write(dict(step=step, images=seen, loss=f"{recent.mean():.5f}", **errors, lr=f"{optimizer.param_groups[0]['lr']:g}",
                                images_per_s=f"{rate:.1f}", seconds=f"{seconds + time.time() - start:.1f}",
                                **{f"share_{size}": f"{count / step:.4f}" for size, count in sizes.items()}))
             if rank == 0 and (report or stopped):
                 write_checkpoint()
-            if rank == 0 and report:
-                with autocast(device, precision):
-                    drawn = preview(averaged, shape, len(names), grid)
+            if rank == 0 and report and config.get("part") is None:
+                drawn = preview(averaged, shape, len(names), grid, part_of_batch)
                 pixels.save_grid(drawn, run / "samples" / f"{step:06d}.png")
             if report:
                 losses, since, seen_before = [], time.time(), seen
@@ -218,7 +222,8 @@ def train(config, state=None, *,
     if step < steps:
         print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
         sys.exit(130)
-    print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'} and {run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}")
+    print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'} and " + (f"{run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}" if config.get("part") is None
+                                                               else "no samples, being one part of a chain; experiments/join_parts.py joins it with the others"))
 
 
 def check_ranges(config):
@@ -351,8 +356,11 @@ def parallel(method, **options):
     return nn.parallel.DistributedDataParallel(Loss(method), **options)
 
 
-def autocast(device, precision):
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+def to_precision(method, device, precision):
+    """Let the networks of a method, and nothing else of it, compute in bf16, if that is the precision; what they give is float32."""
+    for net in [net for net in method.modules() if isinstance(net, UNet)] if precision == "bf16" else ():
+        forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        net.forward = lambda *x, forward=forward: forward(*x).float()
 
 
 def build(checkpoint, device="cpu"):
@@ -368,16 +376,17 @@ def build(checkpoint, device="cpu"):
     return cls(make_net, shape[0], **arguments)
 
 
-def check_size(size, patch, mults, attention, crops=1):
-    """ValueError where patches, crops (down to R / crops) and levels do not divide the image, with the nearest sizes that they do."""
+def check_size(size, patch, mults, attention, crops=1, change="--size"):
+    """ValueError where patches, crops (down to R / crops) and levels do not divide the image, with the nearest sizes that they do, and what to `change`."""
     if not all(0 <= level < len(mults) for level in attention):
         raise ValueError(f"--attention names levels of the U-Net, 0 to {len(mults) - 1} with these --mults, got {' '.join(map(str, attention))}")
     k = patch * crops * 2 ** (len(mults) - 1)
     if any(n % k for n in size):
-        near = sorted({max(k, n // k * k) for n in size} | {-(-n // k) * k for n in size})
-        why = f"crops of R/{crops} x" if crops > 1 else f"patch {patch} x"
-        raise ValueError(f"image size {'x'.join(map(str, size))} is not divisible by {k} ({why} 2^{len(mults) - 1} for {len(mults)} levels): "
-                         f"choose --size {' or '.join(map(str, near))}, or another --{'mults' if crops > 1 else 'patch or --mults'}")
+        near = sorted({tuple(max(k, n // k * k) for n in size), tuple(-(-n // k) * k for n in size)})
+        near = " or ".join(" ".join(map(str, sides if sides[0] != sides[1] else sides[:1])) for sides in near)
+        why = f"crops of R/{crops} x " if crops > 1 else f"patch {patch} x " if patch > 1 else ""
+        raise ValueError(f"image size {'x'.join(map(str, size))} is not divisible by {k} ({why}2^{len(mults) - 1} for {len(mults)} levels): "
+                         f"choose {change} {near}" + (f", or another {'--patch or ' * (patch > 1)}--mults" if change == "--size" else ""))
 
 
 def to_device(method, device):
@@ -440,6 +449,8 @@ def save(path, checkpoint, keep=0):
 def load(path, *, ema=True, device=None):
     """(method in eval mode, with the averaged weights or the raw ones; checkpoint dict) from a path that `save` wrote."""
     device, checkpoint = pick_device(device), read(path)
+    if checkpoint["config"].get("part") is not None:
+        raise ValueError(f"{path} is one part of a chain: experiments/join_parts.py joins it with the others")
     try:
         check_ranges(checkpoint["config"])
         weights = checkpoint["ema" if ema else "model"]
@@ -488,25 +499,28 @@ class Log:
 
 
 @torch.no_grad()
-def held_out_error(method, x, y):
-    """{"rmse_<sigma>": error of x_0_hat} at fixed noise levels and fixed noise, on images in [-1, 1]."""
+def held_out_error(method, x, y, batch=64):
+    """{"rmse_<sigma>": error of x_0_hat} at fixed noise levels and fixed noise, on images in [-1, 1]; of a --part, "" at the levels that others have."""
     D, errors, eps = denoiser(method), {}, seeded_noise([(0, i) for i in range(len(x))])(x)
     for level in LEVELS:
+        if getattr(method, "part", None) is not None and method.net.part_of[1 + nearest(D.sigma, level)] != method.part:
+            errors[f"rmse_{level:g}"] = ""
+            continue
         noisy = x + D.round_sigma(level) * eps
-        x_0_hat = torch.cat([D(noisy[i:i + 64], level, None if y is None else y[i:i + 64]) for i in range(0, len(x), 64)])
+        x_0_hat = torch.cat([D(noisy[i:i + batch], level, None if y is None else y[i:i + batch]) for i in range(0, len(x), batch)])
         errors[f"rmse_{level:g}"] = f"{(x_0_hat - x).square().mean().sqrt():.5f}"
     return errors
 
 
-def preview(method, shape, classes, n):
+def preview(method, shape, classes, n, batch=64):
     """n images from the same noise every time, by the method's own sampler, in 50 steps where that is a chain of T."""
-    device = next(method.parameters()).device
-    noise = seeded_noise([(0, i) for i in range(n)])
-    y = torch.arange(n, device=device) % classes if classes else None
-    chain = dict(steps=min(50, method.T)) if hasattr(method, "T") else {}
-    for x, _ in method.sample(noise(torch.empty(n, *shape, device=device)), y, randn_like=noise, **chain):
-        pass
-    return x
+    drawn, chain = [], dict(steps=min(50, method.T)) if hasattr(method, "T") else {}
+    for i in torch.arange(n, device=next(method.parameters()).device).split(batch):
+        noise = seeded_noise([(0, k) for k in i.tolist()])
+        for x, _ in method.sample(noise(torch.empty(len(i), *shape, device=i.device)), i % classes if classes else None, randn_like=noise, **chain):
+            pass
+        drawn.append(x)
+    return torch.cat(drawn)
 
 
 def seeded_noise(keys):

@@ -137,12 +137,11 @@ def reference_step(case, steps, device):
 @torch.no_grad()
 def network_call(case, steps, device):
     """Images a second of the network alone, called as the sampler calls it."""
-    D, x, sigma, precision = *sampler(case, device), case["precision"]
-    with train.autocast(device, precision):
+    D, x, sigma = sampler(case, device)
+    D(x, sigma)
+    start = clock(device)
+    for _ in range(steps):
         D(x, sigma)
-        start = clock(device)
-        for _ in range(steps):
-            D(x, sigma)
     return len(x) * steps / (clock(device) - start)
 
 
@@ -152,11 +151,10 @@ def sampling_step(case, steps, device):
     D, x, _ = sampler(case, device)
     method, noise = D.method if hasattr(D, "method") else D, train.seeded_noise([(0, i) for i in range(len(x))])
     steps = 2 * steps if hasattr(method, "T") else steps
-    with train.autocast(device, case["precision"]):
-        next(method.sample(x, steps=steps, randn_like=noise))
-        start = clock(device)
-        for _ in method.sample(x, steps=steps, randn_like=noise):
-            pass
+    next(method.sample(x, steps=steps, randn_like=noise))
+    start = clock(device)
+    for _ in method.sample(x, steps=steps, randn_like=noise):
+        pass
     calls = steps if hasattr(method, "T") else 2 * steps - 1
     return len(x) * calls / (clock(device) - start)
 
@@ -164,6 +162,7 @@ def sampling_step(case, steps, device):
 def sampler(case, device):
     if "sampler" not in case:
         method = to_device(build(case["checkpoint"]), device).eval().requires_grad_(False)
+        train.to_precision(method, device, case["precision"])
         case["sampler"] = denoiser(method), torch.randn(case["batch"], *case["checkpoint"]["shape"], device=device), torch.tensor(1.0).view(1, 1, 1, 1)
     return case["sampler"]
 

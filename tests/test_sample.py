@@ -68,12 +68,24 @@ def test_classes_are_drawn_in_turn_or_one_by_name_or_number(run, tmp_path):
     assert not np.array_equal(images[0], drawn(tmp_path / "class1")[0])
 
 
-def test_guidance_1_is_the_conditional_model_and_2_is_not(run, tmp_path):
-    for w in ("1.0", "2.0"):
+def test_guidance_changes_the_picture_and_is_by_default_the_method_s_own(run, tmp_path):
+    for w in ("1.0", "1.5", "2.0"):
         run(sample, f"run/ckpt.pt --n 2 --steps 3 --out w{w} --class 1 --guidance {w}")
     run(sample, "run/ckpt.pt --n 2 --steps 3 --out plain --class 1")
-    assert np.array_equal(drawn(tmp_path / "w1.0"), drawn(tmp_path / "plain"))
-    assert not np.array_equal(drawn(tmp_path / "w2.0"), drawn(tmp_path / "plain"))
+    assert np.array_equal(drawn(tmp_path / "w1.5"), drawn(tmp_path / "plain"))
+    assert not np.array_equal(drawn(tmp_path / "w1.0"), drawn(tmp_path / "plain")) and not np.array_equal(drawn(tmp_path / "w2.0"), drawn(tmp_path / "plain"))
+
+
+def test_clip_and_variance_are_those_of_training_unless_given(do, tmp_path):
+    assert do(train, "--method ddpm --steps 4 --lr 0.01 --warmup 0 --out ddpm")[0] == 0
+    for name, flags in (("plain", ""), ("same", "--clip --variance large"), ("free", "--no-clip"), ("small", "--variance small"), ("bf16", "--precision bf16")):
+        assert do(sample, f"ddpm/ckpt.pt --n 2 --steps 5 --out {name} {flags}")[0] == 0
+    plain, same, free, small, bf16 = (np.array(drawn(tmp_path / name)).astype(int) for name in ("plain", "same", "free", "small", "bf16"))
+    assert (plain == same).all() and (plain != free).any() and (plain != small).any()
+    assert 0 < abs(plain - bf16).max() and abs(plain - bf16).mean() < 2                                       # of 255
+    for flags in ("--no-clip --sampler heun", "--variance small --sampler euler"):
+        code, _, err = do(sample, f"ddpm/ckpt.pt --n 2 --steps 5 --out no {flags}")
+        assert code == 2 and "does not suit --sampler" in err and not (tmp_path / "no").exists()
 
 
 def test_steps_and_eta_reach_the_method_s_own_sampler(run, tmp_path):
@@ -147,6 +159,16 @@ def test_latents_are_trained_on_halves_at_least_and_come_out_as_numbers(do, tmp_
     drawn = np.load(tmp_path / "run/samples/seed0.npy")
     assert drawn.shape == (3, 5, 8, 8) and drawn.dtype == np.float32 and np.isfinite(drawn).all()
     assert do(sample, "run/ckpt.pt --n 1 --out x.png")[0] == 2
+
+
+def test_latents_are_not_clipped_and_no_bound_of_8_bit_pixels_is_trained_on(do, tmp_path):
+    np.save(tmp_path / "latents.npy", 5 + np.random.default_rng(0).standard_normal((50, 4, 8, 8)).astype(np.float32))
+    code, out, _ = do(train, "--method ddpm --data latents.npy --steps 2 --every 2 --out run --batch 8 --grid 2")
+    assert code == 0 and "floats, so latents" in out and "in [-1, 1]" not in out
+    assert do(sample, "run/ckpt.pt --n 3 --steps 2")[0] == 0 and abs(np.load(tmp_path / "run/samples/seed0.npy")).max() > 1.5
+    for flags, word in (("iddpm", "--objective simple"), ("pdm --patch 2 --learn_variance", "--no-learn_variance")):
+        code, _, err = do(train, f"--method {flags} --data latents.npy --steps 2 --out no")
+        assert code == 2 and word in err and not (tmp_path / "no").exists()
 
 
 def test_seeds_name_the_images_and_each_is_the_first_of_its_seed(run, tmp_path):

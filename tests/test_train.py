@@ -16,7 +16,7 @@ from PIL import Image
 
 import sample
 import train
-from train import METHODS, add_flags, build, command, flags_of, load, save
+from train import METHODS, add_flags, build, command, flags_of, load, read, save
 from unet import Attention, UNet
 
 SMALL = "--width 8 --mults 1 --attention 0 --batch 4 --grid 1 --device cpu --precision fp32".split()
@@ -134,6 +134,25 @@ def test_bf16_trains_to_the_same_loss_within_its_rounding(do, tmp_path):
         assert do(train, f"--method iddpm --steps 4 --every 4 --warmup 0 --lr 0.01 --out {precision} --precision {precision}")[0] == 0
     a, b = (list(csv.DictReader(open(tmp_path / run / "log.csv")))[-1] for run in ("fp32", "bf16"))
     assert abs(float(a["loss"]) - float(b["loss"])) < 0.05 * float(a["loss"]) and a["loss"] != b["loss"]
+
+
+def test_bf16_is_for_the_network_alone(do, tmp_path, monkeypatch):
+    inside = []
+    def augment(x, p):
+        inside.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return x, torch.zeros(len(x), 9)
+    monkeypatch.setattr("edm.augment", augment)
+    assert do(train, "--method edm --augment 0.1 --steps 1 --every 1 --out run --precision bf16")[0] == 0
+    assert inside == [torch.float32]
+
+
+def test_clip_grad_0_is_no_clipping_and_beta_2_reaches_adam(do, tmp_path):
+    for name, flags in (("none", "--clip_grad 0"), ("high", "--clip_grad 1e6"), ("low", "--clip_grad 1e-6")):
+        assert do(train, f"--method ddpm --steps 2 --every 2 --warmup 0 --beta_2 0.9 --out {name} {flags}")[0] == 0
+    none, high, low = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("none", "high", "low"))
+    assert none["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(none["model"].values(), high["model"].values()))
+    assert any(not torch.equal(a, b) for a, b in zip(none["model"].values(), low["model"].values()))
 
 
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
@@ -405,7 +424,12 @@ def test_parts_trained_apart_are_joined_to_one_model(do, tmp_path, monkeypatch):
     for k in (0, 1):
         assert do(train, f"--method pdm --patch 4 2 --split_snr 0.25 --part {k} --steps 2 --lr 0.01 --warmup 0 --out p{k}")[0] == 0
     assert do(join_parts, "p1/ckpt.pt p0/ckpt.pt both.pt")[0] == 0
-    a, b, both = (load(path, device="cpu")[0].net.nets for path in ("p0/ckpt.pt", "p1/ckpt.pt", "both.pt"))
+    for k, path, levels in ((0, "p0/ckpt.pt", {"3", "10"}), (1, "p1/ckpt.pt", {"0.1", "0.3", "1"})):         # SNR = 1 / sigma^2 is 0.25 at sigma = 2
+        code, _, err = do(sample, f"{path} --n 1 --steps 4")
+        assert code == 2 and "one part of a chain" in err and not list((tmp_path / f"p{k}/samples").iterdir())
+        assert {name[5:] for name, value in list(csv.DictReader(open(tmp_path / f"p{k}/log.csv")))[-1].items() if name.startswith("rmse_") and value} == levels
+    a, b, both = ((build(read(path)), read(path)) for path in ("p0/ckpt.pt", "p1/ckpt.pt", "both.pt"))
+    a, b, both = (model.load_state_dict(checkpoint["ema"]) and model.net.nets for model, checkpoint in (a, b, both))
     for mine, other, joined in ((a[0], b[0], both[0]), (b[1], a[1], both[1])):
         assert all(torch.equal(x, z) for x, z in zip(mine.parameters(), joined.parameters()))
         assert any(not torch.equal(y, z) for y, z in zip(other.parameters(), joined.parameters()))
