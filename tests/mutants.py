@@ -34,7 +34,6 @@ SECONDS = 90  # a mutant that runs so long is noticed
 EQUIVALENT = {  # (file, its line): {the change, None for any: why no test can tell}
     ("ddpm.py", "alpha_bar = torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])"): {"0 -> -1": "it has one dimension"},
     ("ddpm.py", "if not 0 <= (eta or 0) <= 1:"): {"0 -> 1 #2": "eta = 0 and no eta are both allowed"},
-    ("ddpm.py", "if not 1 <= steps <= self.T:"): {"1 <= steps <= self.T -> 1 < steps <= self.T": "one step was dealt with above", "1 -> 2": "one step was dealt with above"},
     ("ddpm.py", "mean, log_variance, x_0_hat = self.p_mean_variance(x_t, t, s, y, first=tau[:2])"): {"2 -> 3": "only the first two are read"},
     ("ddpm.py", "def log_beta_tilde(self, t, s, first=(1, 2)):"): {None: "where the default is taken it only fills the branch that s = 0 does not select"},
     ("ddpm.py", "return self.beta_tilde(torch.where(s > 0, t, first[1]), torch.where(s > 0, s, first[0])).log()"): {"0 -> 1 #2": "s = 1 is first[0] itself"},
