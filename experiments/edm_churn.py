@@ -85,7 +85,7 @@ def edm_churn(path=None, *,
         f"{rows[-1]['algorithm_2_churn_0.414214']} with churn, {rows[-1]['euler_maruyama']} by Euler-Maruyama")
     if score:
         ode, steps = functools.partial(ode_sample, denoiser(score.method)), 32
-        score.table([(f"S_churn = {churn}", steps, ode, dict(steps=steps, S_churn=churn, S_noise=noise)) for churn, noise in ((0, 1.0), (5, 1.003), (10, 1.003), (20, 1.0), (20, 1.003))],
+        score.table([(f"S_churn {churn}, S_noise {noise}", steps, ode, dict(steps=steps, S_churn=churn, S_noise=noise)) for churn, noise in ((0, 1.0), (5, 1.003), (10, 1.003), (20, 1.0), (20, 1.003))],
                     out / "churn.csv", "evaluations")
 
 
