@@ -21,7 +21,7 @@ def edm_samplers(path=None, *,
                  quick: bool = False,           # 128 images of each, fewer steps and a network of 16x16, for two CPU cores
                  data: str = "digits",          # where no checkpoint is given: what train.py's --data takes,
                  size: int | None = None,       # image size; default 32, quick 16,
-                 train_steps: int | None = None,  # and training steps; default 50,000, quick 3,000
+                 train_steps: int | None = None,  # and training steps; default 50,000, quick 2,500
                  n: int | None = None,          # images of each; default 2,000, quick 128
                  seeds: int = 3,                # times that each is drawn; their mean and spread count
                  batch: int = 64,               # images at a time
@@ -29,7 +29,7 @@ def edm_samplers(path=None, *,
                  device: str | None = None):    # cuda, mps or cpu
     """Draw, measure, write. Raises ValueError for a file that is none."""
     check(features)
-    path = path or run_once(Path(out) / "ddpm", f"--method ddpm --size {size or (16 if quick else 32)}", data, train_steps or (3000 if quick else 50_000), device)
+    path = path or run_once(Path(out) / "ddpm", f"--method ddpm --size {size or (16 if quick else 32)}", data, train_steps or (2500 if quick else 50_000), device)
     score = Score(path, features, n or (128 if quick else 2000), seeds, batch, device)
     if getattr(score.method, "T", 0) < 250:
         raise ValueError(f"{path} is not of a DDPM (or Improved DDPM, PDM) with 250 steps or more")

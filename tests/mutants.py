@@ -52,6 +52,11 @@ EQUIVALENT = {  # (file, its line): {the change, None for any: why no test can t
     ("edm.py", "u.append(((u[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1) ** 0.5)"): {"j - 1 -> 1 - j": "a squared sine has no sign"},
     ("edm.py", "return max(low, getattr(D, \"sigma_min\", 0)), min(high, getattr(D, \"sigma_max\", math.inf))"): {"0 -> -1": "low is above both"},
     ("edm.py", "t = rounded(D, sigma_steps(steps, \"edm\", *noise_range(\"edm\", sigma_min, sigma_max, D), rho)).flip(0)"): {"0 -> -1": "it has one dimension"},
+    ("edm.py", "t_hat = torch.where(gamma > 0, sigma_inverse(rounded(D, (1 + gamma) * sigmas)), t[:-1])"): {
+        "gamma > 0 -> gamma >= 0": "without noise added both sides are t, but for the last digit", "0 -> -1": "as before"},
+    ("edm.py", 'if not alpha > 0 or solver == "heun" and not ((t_prime > 0) & (sigma(t_prime) > 0))[:-1].all():'): {
+        "t_prime > 0 -> t_prime >= 0": "sigma(0) is 0", "sigma(t_prime) > 0 -> sigma(t_prime) >= 0": "it is 0 at t = 0 only", "0 -> -1 #3": "where t is above 0 it is above 0 or no number"},
+    ("pdm.py", "logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))"): {"1e-12 -> 1.5e-12": "any small number"},
     ("edm.py", "return (self.P_mean + self.P_std * normal).exp()"): {"self.P_mean + self.P_std * normal -> self.P_mean - self.P_std * normal": "as likely"},
     ("edm.py", "uniform, normal = torch.rand(B, 12, device=x.device), torch.randn(B, 4, device=x.device)"): {
         "12 -> 13": "more than are used", "12 -> 11": "more than are used", "4 -> 5": "more than are used"},

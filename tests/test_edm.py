@@ -317,7 +317,7 @@ def test_labels_reach_the_denoiser():
 @pytest.mark.parametrize("options, word", [
     (dict(steps=1), "steps"), (dict(sigma_min=3.0, sigma_max=2.0), "sigma_min"), (dict(sigma_min=0.0), "sigma_min"), (dict(S_churn=-1.0), "S_churn"),
     (dict(alpha=0.0), "alpha"), (dict(alpha=-1.0), "alpha"), (dict(alpha=1.6), "alpha"), (dict(alpha=2.0, steps=2, sigma_min=1.0, sigma_max=2.0, rho=1.0), "alpha"),
-    (dict(alpha=1.3, S_churn=100.0), "alpha"), (dict(alpha=1.3, schedule="vp"), "alpha"), (dict(rho=0.0), "rho"), (dict(S_noise=-1.0), "S_noise"),
+    (dict(alpha=1.3, S_churn=100.0), "alpha"), (dict(alpha=1.3, schedule="vp"), "alpha"), (dict(alpha=2.0, steps=2, schedule="vp"), "alpha"), (dict(rho=0.0), "rho"), (dict(S_noise=-1.0), "S_noise"),
     (dict(solver="rk4"), "solver"), (dict(discretization="x"), "discretization"), (dict(schedule="x"), "schedule"), (dict(scaling="ve"), "scaling")])
 def test_options_that_cannot_be_are_refused(options, word):
     with pytest.raises(ValueError, match=word):

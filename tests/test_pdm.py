@@ -267,6 +267,10 @@ def test_parts_that_cannot_be_are_refused(kw):
 
 # Optimal prediction
 
+def test_guidance_is_1_5_by_default():
+    assert PDM.guidance == 1.5
+
+
 def test_the_posterior_mean_is_the_data_weighted_by_how_well_they_explain_x_t():
     data, x_t = torch.randn(2300, 2, 2, 2).double(), torch.randn(5, 2, 2, 2).double()
     for a in (0.999, 0.5, 0.01):
