@@ -92,11 +92,11 @@ def evaluate(path, options, *,
             report["error"] = dict(levels=errors(denoiser(method), (x, y), (held, held_y), batch, seed, device, out / "error.csv"))
         report["error"] |= cost.says(f"{kind} and images trained on, optimal prediction included")
     if frechet or nearest:
-        guide(method, guidance, labels)
+        weight = guide(method, guidance, labels)
         run = chain(method, sampler, options, shape)
         with Cost(method, n) as cost:
             samples = draw(run, shape, [(seed, i) for i in range(n)], batch, labels, device)
-        report["samples"] = dict(sampler=sampler, options=options) | ({} if labels is None else dict(guidance=getattr(method, "guidance", 1.0) if guidance is None else guidance)) | cost.says("samples")
+        report["samples"] = dict(sampler=sampler, options=options) | ({} if weight is None else dict(guidance=weight)) | cost.says("samples")
     if frechet:
         report["frechet"] = frechet_report(network, samples, x, source, batch)
     if nearest:

@@ -43,7 +43,7 @@ def posterior_mean(x_t, alpha_bar, data):
     alpha_bar, logits = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1), []
     for x in data:                                                                                      # (n, C H W)
         distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)  # Optimal prediction
-        logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))                                                # (B, n)
+        logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))                              # (B, n)
     w = torch.cat(logits, dim=1).softmax(1).split(1000, dim=1)                                          # (B, N) in parts
     return sum(w_k @ x.to(z) for w_k, x in zip(w, data)).view_as(x_t).to(x_t.dtype)
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 import data as pixels
 from edm import denoiser, ode_sample
 from patch_diffusion import PatchDiffusion, coordinates
-from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, ranks, read, seeded_noise, to_precision
-from unet import Guided, UNet
+from train import METHODS, Parser, add_flags, check_size, command, flags_of, load, ranks, read, seeded_noise, to_precision, unets
+from unet import Guided
 
 SAMPLERS = dict(own={}, heun={}, euler=dict(solver="euler"),
                 churn=dict(steps=256, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003))  # EDM Table 5, ImageNet-64
@@ -48,11 +48,11 @@ def sample(path, options, *,
     """Write images drawn with `sampler` under its own `options`. Raises ValueError before any work."""
     loaded = {p: load(p, ema=not raw, device=device) for p in (path, *compare)}
     for method, _ in loaded.values():
-        for name, value in dict(clip=clip, variance=variance).items():
-            if value is not None and (sampler != "own" or not hasattr(method, name) or name == "variance" and getattr(method, "learned", False)):
-                raise ValueError(f"--{name} does not suit {'the learned variance' if hasattr(method, name) and sampler == 'own' else f'--sampler {sampler}'} of {type(method).__name__}")
-            if value is not None:
-                setattr(method, name, value)
+        learned = getattr(method, "learned", False)
+        for name, value in {name: value for name, value in dict(clip=clip, variance=variance).items() if value is not None}.items():
+            if sampler != "own" or not hasattr(method, name) or name == "variance" and learned:
+                raise ValueError(f"--{name} does not suit --sampler {sampler} of {type(method).__name__}" + " with a learned variance" * learned)
+            setattr(method, name, value)
         to_precision(method, next(method.parameters()).device, precision)
     checkpoint, w = loaded[path][1], guidance[0] if guidance else None
     class_ = tuple(checkpoint["classes"]) if class_ == ("all",) and checkpoint["classes"] else class_
@@ -130,7 +130,7 @@ class Cost:
     """Network evaluations and seconds that are spent inside it, for each of n images."""
 
     def __init__(self, method, n):
-        self.nets, self.n, self.seen = [m for m in method.modules() if isinstance(m, UNet)], n, 0
+        self.nets, self.n, self.seen = unets(method), n, 0
 
     def __enter__(self):
         self.hooks, self.start = [net.register_forward_hook(self.count) for net in self.nets], time.time()
@@ -160,7 +160,7 @@ def unguided(method):
 
 
 def guide(method, w, labels):
-    """Put classifier-free guidance of weight w, by default the method's own, round its network."""
+    """Put classifier-free guidance of weight w, by default the method's own, round its network; the weight, None without classes."""
     if labels is None:
         if w is not None:
             raise ValueError("--guidance needs a model trained with --conditional")
@@ -168,6 +168,7 @@ def guide(method, w, labels):
     w = getattr(method, "guidance", 1.0) if w is None else w
     if w != 1.0:
         method.net = Guided(method.net, w)
+    return w
 
 
 def chain(method, sampler, options, shape):

@@ -109,8 +109,6 @@ def train(config, state=None, *,
     some, latents = pixels.to_float(images[:: len(images) // 1000 + 1]), images.is_floating_point()
     print(f"{data}: {len(images):,} images, {'x'.join(map(str, shape))}, {'no' if labels is None else len(labels.unique())} classes, mean {some.mean():.3f}, std {some.std():.3f} "
           + (f"from {some.min():.3g} to {some.max():.3g}: floats, so latents, used as they are and not clipped; pixels are uint8" if latents else "in [-1, 1]"))
-    if len(images) < 1000 and not overfit:
-        print("note: so few images are soon learned by heart" + "; none is held out, rmse_* are of images trained on" * (len(images) < 40))
     fingerprint = zlib.crc32(images.numpy())
     if resume and state.get("fingerprint", fingerprint) != fingerprint:
         raise ValueError(f"{data} does not hold the images that {run} was trained on")
@@ -119,7 +117,9 @@ def train(config, state=None, *,
         config = config | {name: False for name in ("clip", "quarter") if name in config}
         if config.get("objective", "simple") != "simple" or config.get("learn_variance"):
             raise ValueError("the bound that a learned variance trains on is one of 8-bit pixels; latents do without: " + ("--objective simple" if "objective" in config else "--no-learn_variance"))
-    (images, labels), (held, held_y) = hold_out(images, labels, overfit)
+    total, ((images, labels), (held, held_y)) = len(images), hold_out(images, labels, overfit)
+    if total < 1000 and not overfit:
+        print("note: so few images are soon learned by heart" + "; none is held out, rmse_* are of images trained on" * (len(images) == total))
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     held = pixels.to_float(held).to(device)
@@ -145,7 +145,7 @@ def train(config, state=None, *,
         set_rng_state(state["rng"], device)
     method.net.register_forward_pre_hook(lambda net, x: levels.append(x[1]))
     if compile:
-        for net in [net for net in method.modules() if isinstance(net, UNet)]:
+        for net in unets(method):
             net.forward = torch.compile(net.forward)
     for module in (method, averaged):
         to_precision(module, device, precision)
@@ -161,8 +161,8 @@ def train(config, state=None, *,
         save(run / "ckpt.pt", dict(saved, model=method.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
                                    step=step, images=seen, sizes=sizes, losses=[] if report else recent.tolist(), seconds=seconds + time.time() - start, rng=rng_state(device)), keep)
 
-    start = since = time.time()
-    seen_before, part_of_batch = seen, min(64, max(16, batch // accumulate))
+    start, whole = time.time(), config.get("part") is None      # samples of one part alone would be noise
+    since, seen_before, part_of_batch = start, seen, min(64, max(16, batch // accumulate))
     with Stop() as stop, tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5) as bar:
         while step < steps:
             for group in optimizer.param_groups:
@@ -212,7 +212,7 @@ def train(config, state=None, *,
                                **{f"share_{size}": f"{count / step:.4f}" for size, count in sizes.items()}))
             if rank == 0 and (report or stopped):
                 write_checkpoint()
-            if rank == 0 and report and config.get("part") is None:
+            if rank == 0 and report and whole:
                 drawn = preview(averaged, shape, len(names), grid, part_of_batch)
                 pixels.save_grid(drawn, run / "samples" / f"{step:06d}.png")
             if report:
@@ -222,8 +222,8 @@ def train(config, state=None, *,
     if step < steps:
         print(f"stopped at step {step}; {run / 'ckpt.pt'} is written, --resume goes on")
         sys.exit(130)
-    print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'} and " + (f"{run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}" if config.get("part") is None
-                                                               else "no samples, being one part of a chain; experiments/join_parts.py joins it with the others"))
+    after = f" and {run / 'samples' / f'{step:06d}.png'}; now: python sample.py {run / 'ckpt.pt'}" if whole else "; experiments/join_parts.py joins it with the other parts"
+    print(f"wrote {run / 'ckpt.pt'}, {run / 'log.csv'}{after}")
 
 
 def check_ranges(config):
@@ -356,9 +356,14 @@ def parallel(method, **options):
     return nn.parallel.DistributedDataParallel(Loss(method), **options)
 
 
+def unets(method):
+    """The networks of a method: one, or one a part."""
+    return [module for module in method.modules() if isinstance(module, UNet)]
+
+
 def to_precision(method, device, precision):
     """Let the networks of a method, and nothing else of it, compute in bf16, if that is the precision; what they give is float32."""
-    for net in [net for net in method.modules() if isinstance(net, UNet)] if precision == "bf16" else ():
+    for net in unets(method) if precision == "bf16" else ():
         forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
         net.forward = lambda *x, forward=forward: forward(*x).float()
 
