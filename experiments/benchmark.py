@@ -37,6 +37,7 @@ def benchmark(*,
               batch: tuple[int, ...] = (32,),  # images a step
               width: int | None = None,        # of the U-Net; default the method's
               mults: tuple[float, ...] = (),   # of the U-Net; default the method's
+              attention: tuple[int, ...] = (), # of the U-Net; default the method's, as far as there are such levels
               precision: tuple[str, ...] = ("fp32",),  # fp32, bf16
               compile: tuple[str, ...] = ("no",),  # no, yes
               steps: int = 8,                  # steps in one timing
@@ -49,7 +50,7 @@ def benchmark(*,
     """Time, print and write the table. Raises ValueError for a method, precision or size that cannot be."""
     torch.set_num_threads(threads or torch.get_num_threads())
     device, out = pick_device(device), Path(out)
-    shared = dict(width=width, mults=mults or None)
+    shared = dict(width=width, mults=mults or None, attention=attention or None)
     cases = [shared | dict(method=m, size=s, batch=b, precision=p, compile=c) for m, s, b, p, c in itertools.product(methods, size, batch, precision, compile)]
     if growth:
         base = shared | dict(method=methods[0], size=32, batch=16, width=32, precision="fp32", compile="no")
@@ -95,7 +96,9 @@ def benchmark(*,
 
 def plain(case):
     config = {name: p.default for f in (METHODS[case["method"]], UNet, train.train) for name, (p, _) in flags_of(f).items()} | train.DEFAULTS[case["method"]]
-    config |= {key: case[key] for key in ("width", "mults") if case[key] is not None} | ({"p_full": 1.0} if "p_full" in config else {})       # whole images
+    config |= {key: case[key] for key in ("width", "mults", "attention") if case[key] is not None} | ({"p_full": 1.0} if "p_full" in config else {})       # whole images
+    if case["attention"] is None:
+        config["attention"] = tuple(level for level in config["attention"] if level < len(config["mults"]))
     case["width"] = config["width"]
     return dict(method=case["method"], config=config, shape=[3, case["size"], case["size"]], classes=[])
 
@@ -105,9 +108,10 @@ def train_py(case, steps, device):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         np.save(f"{folder}/x.npy", np.random.default_rng(0).integers(0, 256, (256, 3, case["size"], case["size"]), np.uint8))
         config = case["checkpoint"]["config"]
+        attention = ["--attention", *map(str, config["attention"])] if case["method"] != "pdm" or config["attention"] else []
         train.main(["--method", case["method"], "--data", f"{folder}/x.npy", "--out", f"{folder}/run", "--steps", str(2 * steps), "--every", str(steps), "--grid", "1",
                     "--batch", str(case["batch"]), "--precision", case["precision"], "--device", str(device), "--width", str(config["width"]),
-                    "--mults", *map(str, config["mults"]), *["--compile"] * (case["compile"] == "yes"), *["--p_full", "1"] * ("p_full" in config)])
+                    "--mults", *map(str, config["mults"]), *attention, *["--compile"] * (case["compile"] == "yes"), *["--p_full", "1"] * ("p_full" in config)])
         return float(list(csv.DictReader(open(f"{folder}/run/log.csv")))[-1]["images_per_s"])
 
 
@@ -243,7 +247,7 @@ def diffusers_net(config, size):
     from diffusers import UNet2DModel
     channels = tuple(int(config["width"] * m) for m in config["mults"])
     return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=channels, down_block_types=["DownBlock2D"] * len(channels),
-                       up_block_types=["UpBlock2D"] * len(channels), norm_num_groups=16)
+                       up_block_types=["UpBlock2D"] * len(channels), norm_num_groups=math.gcd(16, *channels))
 
 
 def lucidrains(case, steps, device):

@@ -48,7 +48,7 @@ class Peer(nn.Module):
 
 def unet_shapes(*,
                 method: str = "ddpm",       # as in train.py
-                shapes: tuple[str, ...] = ("", "even", "attention=()", "attention=1,2", "width=38", "width=24 blocks=2", "width=24 mults=1,2,3,4 attention=3,"),  # even: see Even
+                shapes: tuple[str, ...] = ("", "even", "attention=()", "attention=2,3", "mults=1,1,2,4", "width=32 mults=1,2,4 attention=2,"),  # even: see Even
                 data: str = "digits",       # or what train.py's --data takes
                 size: int = 32,             # image size
                 seconds: float = 240,       # of training, for each
@@ -66,7 +66,7 @@ def unet_shapes(*,
         check_peers()
     torch.set_num_threads(threads)
     device, out, runs, makers = pick_device(device), Path(out), {}, {}
-    checkpoint = plain(dict(method=method, size=size, width=None, mults=None))
+    checkpoint = plain(dict(method=method, size=size, width=None, mults=None, attention=None))
     config = checkpoint["config"]
     default, own = ({name: config[name] for name in flags_of(f)} for f in (UNet, METHODS[method]))
     for words in shapes:
