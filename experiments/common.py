@@ -39,6 +39,11 @@ def features_file(name, data, shape, device):
     return str(path)
 
 
+def three_levels(size):
+    """Flags of the U-Net for images under 32x32, where the default's fourth level would be a grid of 3x3 or less."""
+    return "--width 32 --mults 1 2 4 --attention 2" if size < 32 else ""
+
+
 def run_once(run, flags, data, steps, device):
     """Train with these flags in folder `run`, or leave the run that is there; the checkpoint's path. Raises ValueError if that is another one."""
     line, asked = [*f"--steps {steps} --every {steps} --grid 16 {flags} --data".split(), data], run / "flags.txt"

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from ddpm import DDPM
 from evaluate import evaluate
-from common import claim, plot, trained, write
+from common import claim, plot, three_levels, trained, write
 from sample import sample
 from train import command, script
 
@@ -48,7 +48,7 @@ def ddpm_loss(*,
         run = out / ("simple" if cls is DDPM else "bound")
         train.METHODS["ddpm"] = cls                                           # the checkpoint is an ordinary DDPM's
         try:
-            found, x = trained(run, "--method ddpm", data, size, steps, n, 100 if quick else 1000, features, device)
+            found, x = trained(run, f"--method ddpm {three_levels(size)}", data, size, steps, n, 100 if quick else 1000, features, device)
         finally:
             train.METHODS["ddpm"] = DDPM
         nll = evaluate(run / "ckpt.pt", dict(steps=250) if quick else {}, nll=True, n=bound_n or (16 if quick else 128), data=test, device=device)["nll"]

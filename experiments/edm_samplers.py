@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from edm import denoiser, ode_sample
 from train import command, script
-from common import Score, check, claim, run_once
+from common import Score, check, claim, run_once, three_levels
 
 
 def edm_samplers(path=None, *,
@@ -29,7 +29,8 @@ def edm_samplers(path=None, *,
                  device: str | None = None):    # cuda, mps or cpu
     """Draw, measure, write. Raises ValueError for a file that is none."""
     check(features)
-    path = path or run_once(Path(out) / "ddpm", f"--method ddpm --size {size or (16 if quick else 32)}", data, train_steps or (2500 if quick else 50_000), device)
+    size = size or (16 if quick else 32)
+    path = path or run_once(Path(out) / "ddpm", f"--method ddpm --size {size} {three_levels(size)}", data, train_steps or (2500 if quick else 50_000), device)
     score = Score(path, features, n or (128 if quick else 2000), seeds, batch, device)
     if getattr(score.method, "T", 0) < 250:
         raise ValueError(f"{path} is not of a DDPM (or Improved DDPM, PDM) with 250 steps or more")

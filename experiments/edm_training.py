@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import command, script
-from common import claim, trained, write
+from common import claim, three_levels, trained, write
 
 LADDER = {"VP": "--precond vp", "EDM preconditioning": "--precond edm --p_train vp --weight vp", "EDM loss": "--precond edm --P_mean {P_mean}",
           "augmentation": "--precond edm --P_mean {P_mean} --augment 0.12"}
@@ -30,7 +30,7 @@ def edm_training(*,
     steps, size, n = steps or (1000 if quick else 20_000), size or (16 if quick else 32), n or (128 if quick else 2000)
     out, rows, pictures = Path(out), [], []
     for k, (name, flags) in enumerate(LADDER.items()):
-        found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
+        found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {three_levels(size)} {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)
         pictures.append(x)
     write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps", pictures, 1)

@@ -14,7 +14,7 @@ import data as pixels
 from ddpm import linear_betas
 from evaluate import evaluate, table
 from iddpm import IDDPM, cosine_betas
-from common import claim, plot, run_once, write
+from common import claim, plot, run_once, three_levels, write
 from train import command, script
 
 CASES = [("linear", "simple"), ("cosine", "simple"), ("cosine", "hybrid"), ("cosine", "vlb")]
@@ -50,7 +50,7 @@ def iddpm_schedule(*,
     rows = []
     for schedule, objective in CASES:
         run = out / f"{schedule}-{objective}"
-        run_once(run, f"--size {size} --method iddpm --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
+        run_once(run, f"--size {size} --method iddpm {three_levels(size)} --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import command, script
-from common import Score, check, claim, run_once
+from common import Score, check, claim, run_once, three_levels
 
 
 def iddpm_steps(learned=None, fixed=None, *,
@@ -29,7 +29,8 @@ def iddpm_steps(learned=None, fixed=None, *,
     n, chains = n or (128 if quick else 2000), (10, 25, 50, 100) if quick else (25, 50, 100, 200, 400, 1000)
     check(features)
     if learned is None:
-        flags, train_steps = f"--method iddpm --size {size or (16 if quick else 32)} --objective", train_steps or (2000 if quick else 50_000)
+        size = size or (16 if quick else 32)
+        flags, train_steps = f"--method iddpm --size {size} {three_levels(size)} --objective", train_steps or (2000 if quick else 50_000)
         learned, fixed = (run_once(Path(out) / objective, f"{flags} {objective}", data, train_steps, device) for objective in ("hybrid", "simple"))
     one, two = Score(learned, features, n, seeds, batch, device), Score(fixed, features, n, seeds, batch, device)
     if not getattr(one.method, "learned", False) or getattr(two.method, "learned", True):
