@@ -10,6 +10,7 @@ import csv
 import datetime
 import difflib
 import functools
+import importlib.util
 import inspect
 import itertools
 import math
@@ -78,7 +79,7 @@ def train(config, state=None, *,
           grid: int = 64,              # images in each grid of samples
           seed: int = 0,               # seed of the weights, the data order and the noise
           precision: typing.Literal["auto", "fp32", "bf16"] = "auto",  # of the network; auto: bf16 where the hardware has it
-          compile: bool = False,       # torch.compile the network: worth its minute in runs of hours
+          compile: bool | None = None, # torch.compile the network; default: on CUDA, in runs of 20,000 steps or more
           device: str | None = None):  # cuda, mps or cpu; default the first of them that is there
     """Train the method of `config` (every flag) and write the run's folder; `state` is the checkpoint to go on from.
 
@@ -144,7 +145,7 @@ def train(config, state=None, *,
         losses = list(torch.tensor(state.get("losses", [])).to(device))
         set_rng_state(state["rng"], device)
     method.net.register_forward_pre_hook(lambda net, x: levels.append(x[1]))
-    if compile:
+    if compiles(device, steps) if compile is None else compile:
         for net in unets(method):
             net.forward = torch.compile(net.forward)
     for module in (method, averaged):
@@ -276,6 +277,11 @@ def make_folder(run, room):
     if free < room:
         raise ValueError(f"{run} needs {room / 1e6:.0f} MB for its checkpoints; the disk has {free / 1e6:.0f} MB left")
     (run / "samples").mkdir(parents=True, exist_ok=True)
+
+
+def compiles(device, steps):
+    """Whether to compile without being asked: on CUDA with Triton, in a run that is long beside the minute or two it takes."""
+    return device.type == "cuda" and steps >= 20_000 and importlib.util.find_spec("triton") is not None
 
 
 def rng_state(device):
@@ -624,7 +630,7 @@ def command(main):
         sys.exit(fail(error))
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(fail(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}"))
+            sys.exit(fail(f"torch.compile does not work here, give --no-compile: {str(error).splitlines()[0]}"))
         raise
 
 

@@ -146,6 +146,27 @@ def test_bf16_is_for_the_network_alone(do, tmp_path, monkeypatch):
     assert inside == [torch.float32]
 
 
+def test_compile_reaches_every_network_and_its_failure_is_one_line(do, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *args: calls.append(id(f)) or f(*args))
+    for flags, networks in (("", 0), ("--no-compile", 0), ("--compile", 2)):
+        calls.clear()
+        assert do(train, f"--method pdm --patch 4 2 --split_snr 0.25 --steps 4 {flags} --out run{flags}")[0] == 0
+        assert len(set(calls)) == networks                                   # both of a split chain
+    failure = type("BackendCompilerFailed", (RuntimeError,), dict(__module__="torch._dynamo.exc"))
+    def broken(*_):
+        raise failure("no compiler\nand a page of trace")
+    monkeypatch.setattr(torch, "compile", lambda f: broken)
+    code, _, err = do(train, "--method ddpm --steps 4 --compile --out broken")
+    assert code == 2 and err.endswith("error: torch.compile does not work here, give --no-compile: no compiler\n") and not (tmp_path / "broken/ckpt.pt").exists()
+
+
+def test_long_runs_on_cuda_are_compiled_unasked(monkeypatch):
+    for triton in (None, "there"):
+        monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: triton)
+        assert [train.compiles(torch.device(kind), steps) for kind, steps in (("cuda", 19_999), ("cuda", 20_000), ("cpu", 10 ** 6))] == [False, triton is not None, False]
+
+
 def test_clip_grad_0_is_no_clipping_and_beta_2_reaches_adam(do, tmp_path):
     for name, flags in (("none", "--clip_grad 0"), ("high", "--clip_grad 1e6"), ("low", "--clip_grad 1e-6")):
         assert do(train, f"--method ddpm --steps 2 --every 2 --warmup 0 --beta_2 0.9 --out {name} {flags}")[0] == 0
