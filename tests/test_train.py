@@ -149,7 +149,7 @@ def test_bf16_is_for_the_network_alone(do, tmp_path, monkeypatch):
 def test_compile_reaches_every_network_and_its_failure_is_one_line(do, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f: lambda *args: calls.append(id(f)) or f(*args))
-    for flags, networks in (("", 0), ("--no-compile", 0), ("--compile", 2)):
+    for flags, networks in (("", 0), ("--compile", 2)):
         calls.clear()
         assert do(train, f"--method pdm --patch 4 2 --split_snr 0.25 --steps 4 {flags} --out run{flags}")[0] == 0
         assert len(set(calls)) == networks                                   # both of a split chain
