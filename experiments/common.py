@@ -117,11 +117,14 @@ class Score:
 
 
 def write(name, rows, note, pictures=(), key=2):
-    """Write a list of dicts as a .csv and print it; with `pictures`, images for each row, a grid that shows eight of each beside the row's first `key` entries."""
+    """Write a list of dicts as a .csv and print it. With `pictures`, images for each row: a grid that shows eight of each beside the row's first `key` entries, and a plot of the errors by noise level if the rows hold them."""
     table(name, rows)
     if len(pictures):
-        labels = [" ".join(str(value) for value in list(row.values())[:key])[:28] for row in rows]
+        labels = [" ".join(value if isinstance(value, str) else f"{column} {value}" for column, value in list(row.items())[:key])[:28] for row in rows]
         pixels.save_grid(torch.cat([x[:8].cpu() for x in pictures]), name.with_name(f"{name.stem}-grid.png"), 8, labels)
+        curves = [dict(row=label, sigma=float(column[5:]), rmse=value) for label, row in zip(labels, rows) for column, value in row.items() if column.startswith("rmse_")]
+        if curves:
+            plot(name.with_suffix(".png"), curves, "sigma", "rmse", "row", log="xy")
     print(*rows[0], sep=" | ")
     for row in rows:
         print(*row.values(), sep=" | ")
@@ -135,7 +138,7 @@ def claim(text, paper, ours):
     print(f"| {text} | {paper} | {ours} | `{command}` | {where} | {datetime.date.today()} |")
 
 
-def plot(path, rows, x, y, group, bar=None, log=True):
+def plot(path, rows, x, y, group, bar=None, log="x"):
     """Draw y against x, a line for each `group`, where matplotlib is installed."""
     try:
         import matplotlib.pyplot as plt
@@ -145,6 +148,6 @@ def plot(path, rows, x, y, group, bar=None, log=True):
         own = [row for row in rows if row[group] == name]
         plt.errorbar([row[x] for row in own], [row[y] for row in own], [row[bar] / 2 for row in own] if bar else None, label=name, color=f"C{k}",
                      marker="os^"[k // 10 % 3] if len(own) < 20 else None)
-    plt.xscale("log" if log else "linear"), plt.xlabel(x), plt.ylabel(y), plt.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    plt.xscale("log" if "x" in log else "linear"), plt.yscale("log" if "y" in log else "linear"), plt.xlabel(x), plt.ylabel(y), plt.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     plt.savefig(path, dpi=120, bbox_inches="tight")
     plt.close()

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from edm import denoiser, ode_sample, sigma_steps
-from common import Score, claim, write
+from common import Score, claim, plot, write
 from train import command, script
 
 WEIGHTS, MEANS, S = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64), torch.tensor([-0.8, 0.1, 0.9], dtype=torch.float64), 0.08
@@ -81,6 +81,8 @@ def edm_churn(path=None, *,
                 row[name] = round(distance(x, truth), 5)
             rows.append(row)
     write(out / "mixture.csv", rows, f"{n} samples, Wasserstein-1 distance; S_churn as a share of the steps, .41 is the most that Algorithm 2 adds")
+    plot(out / "mixture.png", [dict(case=f"{name}, error {row['error']:g}", evaluations=row["evaluations"], distance=value) for row in sorted(rows, key=lambda row: row["error"])
+                               for name, value in list(row.items())[2:]], "evaluations", "distance", "case", log="xy")
     claim("churn removes a denoiser's errors (EDM, Sec. 4)", "", f"5% error, {evaluations} evaluations: {rows[-1]['algorithm_2_churn_0']} by the ODE, "
         f"{rows[-1]['algorithm_2_churn_0.414214']} with churn, {rows[-1]['euler_maruyama']} by Euler-Maruyama")
     if score:

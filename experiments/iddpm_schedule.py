@@ -42,21 +42,24 @@ def iddpm_schedule(*,
     rows = [alpha_bar(name)[torch.linspace(0, 999, 8).long()].float().view(8, 1, 1, 1) for name in ("linear", "cosine")]
     pixels.save_grid(torch.cat([a.sqrt() * x + (1 - a).sqrt() * eps for a in rows]), out / "fig3.png", 8, ["linear", "cosine"])
     plot(out / "fig1.png", [{"T": f"T = {k}", "t / T": t / k, "beta_tilde / beta": ratio} for k in (100, 1000, 4000) for t, ratio in variance_ratio(k)],
-         "t / T", "beta_tilde / beta", "T", log=False)
+         "t / T", "beta_tilde / beta", "T", log="")
     plot(out / "fig5.png", [{"schedule": k, "t / T": t / 1000, "alpha_bar": a.item()} for k in ("linear", "cosine") for t, a in enumerate(alpha_bar(k), 1)],
-         "t / T", "alpha_bar", "schedule", log=False)
+         "t / T", "alpha_bar", "schedule", log="")
     if not train_runs:
         return
-    rows = []
+    rows, shares = [], []
     for schedule, objective in CASES:
         run = out / f"{schedule}-{objective}"
         run_once(run, f"--size {size} --method iddpm {three_levels(size)} --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
+        shares += [{"case": f"{schedule}, {objective}", "t": int(term["t"]), "bits/dim": float(term["bits_per_dim"])} for term in terms]
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])
         rows.append(dict(schedule=schedule, objective=objective, bits_per_dim=round(found["bits_per_dim"], 3), error=round(found["standard_error"], 3),
                          L_0=round(found["decoder"], 3), share_of_first_fiftieth=round(first / found["bits_per_dim"], 3)))
     write(out / "table2.csv", rows, f"{data}, T = {T}, {steps} steps, {n} images; {len(rows)} runs")
+    table(out / "fig2.csv", shares)
+    plot(out / "fig2.png", shares, "t", "bits/dim", "case", log="xy")
     claim("the cosine schedule and the hybrid objective code better (Improved DDPM, Table 2)", "3.37, 3.26, 3.17, 2.94 bits/dim", ", ".join(f"{line['bits_per_dim']}" for line in rows))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import command, script
-from common import claim, trained, write
+from common import claim, plot, trained, write
 
 
 def patch_diffusion_p(*,
@@ -35,6 +35,8 @@ def patch_diffusion_p(*,
         rows.append(dict(p=p, sizes=sizes, images=some or "all", seconds=round(seconds)) | found)
         pictures.append(x)
     write(out / "patch_diffusion_p.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps", pictures, 3)
+    if "frechet" in rows[0]:
+        plot(out / "shares.png", [row | dict(trained_on=f"{row['sizes']}, {row['images']} images") for row in rows], "p", "frechet", "trained_on", "spread", log="")
     half, one = rows[3], rows[5]
     claim("crops make training twice as fast at no cost in quality (Patch Diffusion)", "p = .5: half the time, FID as good",
         f"{one['seconds'] / half['seconds']:.2f}x; Frechet {half.get('frechet')} for p = .5, {one.get('frechet')} for p = 1")

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from train import build, command, flags_of, pick_device, script, to_device
 from unet import UNet
-from common import check, claim, plot, trained, write
+from common import check, claim, trained, write
 
 
 def pdm_patches(*,
@@ -47,9 +47,6 @@ def pdm_patches(*,
     out.mkdir(parents=True, exist_ok=True)
     name = out / f"pdm_patches-{Path(data).stem}-{size}{'-speed' if speed else ''}.csv"
     write(name, list(rows.values()), f"{n} samples in {chain} steps", pictures, 1)
-    if not speed:
-        curves = [dict(P=f"P = {P}", sigma=float(key[5:]), rmse=value) for P, line in rows.items() for key, value in line.items() if key.startswith("rmse_")]
-        plot(name.with_suffix(".png"), curves, "sigma", "rmse", "P")
     first, last = rows[patches[0]], rows[4 if 4 in rows else patches[-1]]
     claim("patches cost P^2 times less, and differ in error at low noise only (PDM)", f"{(last['P'] / first['P']) ** 2:g}x",
         f"P = {last['P']} against {first['P']}: sampling {last['speedup']}x, memory {last['memory_ratio']}; Frechet {last.get('frechet')} and {first.get('frechet')}")

@@ -37,7 +37,7 @@ def precision(*,
         losses += [dict(precision=name, step=int(row["step"]), loss=float(row["loss"])) for row in csv.DictReader(open(run / "log.csv"))]
     write(out / "precision.csv", rows, f"{method}, {data}, {steps} steps of 32 images, {n} samples in {chain} steps", pictures, 1)
     write(out / "losses.csv", losses, "the mean loss since the row before")
-    plot(out / "losses.png", losses, "step", "loss", "precision", log=False)
+    plot(out / "losses.png", losses, "step", "loss", "precision", log="")
     a, b, c = ([row["loss"] for row in losses if row["precision"] == name] for name in CASES)
     apart = lambda x, y: sum(abs(p - q) / p for p, q in zip(x, y)) / len(x)
     claim("bf16 costs nothing that can be seen", "", f"losses {apart(a, b):.2%} apart, those of two seeds {apart(a, c):.2%}; "
