@@ -24,7 +24,7 @@ import data as pixels
 from edm import denoiser
 from pdm import posterior_mean
 from sample import Cost, chain, draw, guide, in_batches, parse
-from train import command, hold_out, load, ranks, seeded_noise
+from train import command, evenly, hold_out, load, ranks, seeded_noise
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
@@ -67,7 +67,7 @@ def evaluate(path, options, *,
             kind = f"images of {source} (none was held out)"
     if data is not None:
         held, held_y = load_like(checkpoint, data)
-    some = torch.linspace(0, len(held) - 1, min(n, len(held))).long()
+    some = evenly(n, len(held))
     held, held_y = held[some], None if held_y is None else held_y[some]
     if nll and held.is_floating_point():
         raise ValueError(f"--nll counts the bits of 8-bit images; {data or source} holds floats")
@@ -178,7 +178,7 @@ def errors(D, trained, held, batch, seed, device, path):
     Of large sets the first 50,000 images, or 2 GB, stand for all.
     """
     data = pixels.to_float(trained[0][:min(50_000, int(5e8) // trained[0][0].numel())])
-    some = torch.linspace(0, len(data) - 1, min(len(held[0]), len(data))).long()
+    some = evenly(len(held[0]), len(data))
     sets = dict(held_out=held, trained_on=(data[some], None if trained[1] is None else trained[1][some]))
     rows = []
     bar = tqdm(disable=True)

@@ -73,7 +73,7 @@ def train(config, state=None, *,
           flip: bool = False,          # mirror half of the images (never digits or text)
           conditional: bool = False,   # train with the class labels, for sample.py --class and --guidance
           drop_label: float = 0.1,     # share of labels hidden, so that guidance knows the unconditional model
-          overfit: int = 0,            # train on so many images only: a self-check, they must come back
+          overfit: int = 0,            # train on so many images only, evenly spaced: a self-check, they must come back
           every: int = 1000,           # steps between samples, checkpoints and held-out errors
           keep: int = 0,               # older checkpoints that stay; each has its step as a second name, ckpt-001000.pt
           grid: int = 64,              # images in each grid of samples
@@ -260,14 +260,18 @@ class Stop:
 
 
 def hold_out(images, labels, overfit):
-    """(images, labels) to train on and up to 128 others, evenly spaced, to measure on; the same few where --overfit."""
+    """(images, labels) to train on and up to 128 others to measure on, evenly spaced; some of the same where --overfit."""
     if overfit or len(images) < 40:
-        part = slice(0, overfit or None)
-        images, labels = images[part], None if labels is None else labels[part]
-        return (images, labels), (images[:128], None if labels is None else labels[:128])
-    held = torch.linspace(0, len(images) - 1, min(128, len(images) // 20)).long()
+        part = evenly(overfit or len(images), len(images))
+        return [(images[k], None if labels is None else labels[k]) for k in (part, part[evenly(128, len(part))])]
+    held = evenly(min(128, len(images) // 20), len(images))
     rest = torch.ones(len(images), dtype=torch.bool).index_fill(0, held, False)
     return [(images[k], None if labels is None else labels[k]) for k in (rest, held)]
+
+
+def evenly(n, total):
+    """Indices of n of `total` images, evenly spaced, since a folder's come class by class; all where there are fewer."""
+    return torch.linspace(0, total - 1, n).long() if n < total else torch.arange(total)
 
 
 def make_folder(run, room):

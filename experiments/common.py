@@ -15,7 +15,7 @@ import train
 from edm import denoiser
 from evaluate import Features, errors, frechet_distance, load_like, moments, table
 from sample import Cost, draw
-from train import hold_out, load
+from train import evenly, hold_out, load
 
 
 def check(features):
@@ -83,8 +83,8 @@ class Score:
         source = self.checkpoint["config"]["data"]
         images, labels = load_like(self.checkpoint, source)
         (self.x, _), (held, _) = hold_out(images, labels, 0)
-        trained_on = torch.linspace(0, len(images) - 1, len(held)).long() < self.checkpoint["config"].get("overfit", 0)
-        self.held = held[~trained_on]
+        trained_on = evenly(self.checkpoint["config"]["overfit"], len(images))
+        self.held = held[~torch.isin(evenly(len(held), len(images)), trained_on)]
         features = features_file(features, source, self.checkpoint["shape"], device)
         self.seeds = seeds if features else 1
         self.network = Features(features, self.checkpoint["shape"], self.device) if features else None

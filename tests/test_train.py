@@ -339,6 +339,15 @@ def test_one_overfitted_image_comes_back(tmp_path, method, flags, do):
         assert np.sqrt(np.square(back - image[0]).mean()) < 25                # of 255; the pixels' own spread is 95
 
 
+def test_a_part_of_a_data_set_has_images_of_every_class_and_what_is_held_out_is_not_trained_on():
+    images, labels = torch.arange(1000).view(1000, 1, 1, 1), torch.arange(10).repeat_interleave(100)       # as a folder's images come
+    (some, classes), (held, _) = train.hold_out(images, labels, 50)
+    assert len(some) == 50 == len(some.unique()) and set(classes.tolist()) == set(range(10)) and torch.equal(held, some)
+    (rest, _), (held, classes) = train.hold_out(images, labels, 0)
+    assert len(rest) == 950 and set(classes.tolist()) == set(range(10)) and torch.equal(torch.cat([rest, held]).flatten().sort()[0], torch.arange(1000))
+    assert torch.equal(train.hold_out(images, labels, 5000)[0][0], images)
+
+
 def test_a_run_on_crops_counts_the_images_it_saw_and_logs_the_shares_of_the_sizes(do, tmp_path):
     do(train, "--method patch_diffusion --steps 40 --every 20 --p_full 0.25")
     rows, sizes = list(csv.DictReader(open(tmp_path / "runs/patch_diffusion/log.csv"))), torch.load(tmp_path / "runs/patch_diffusion/ckpt.pt", weights_only=True)["sizes"]
