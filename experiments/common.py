@@ -45,21 +45,23 @@ def three_levels(size):
 
 
 def run_once(run, flags, data, steps, device):
-    """Train with these flags in folder `run`, or leave the run that is there; the checkpoint's path. Raises ValueError if that is another one."""
-    line, asked = [*f"--steps {steps} --every {steps} --grid 16 {flags} --data".split(), data], run / "flags.txt"
-    if not (run / "ckpt.pt").exists():
-        train.main([*line, "--out", str(run)] + (["--device", device] if device else []))
+    """Train with these flags in folder `run`, go on where such a run was interrupted, or leave it if it is whole; the checkpoint's path. Raises ValueError if another one is there."""
+    line, asked, path = [*f"--steps {steps} --every {min(steps, 5000)} --grid 16 {flags} --data".split(), data], run / "flags.txt", run / "ckpt.pt"
+    before = asked.read_text() if asked.exists() else "of unknown flags"
+    if path.exists() and before != " ".join(line):
+        raise ValueError(f"{run} is another run: {before}; another --out, or delete it")
+    if not path.exists() or train.read(path)["step"] < steps:
+        run.mkdir(parents=True, exist_ok=True)
         asked.write_text(" ".join(line))
-    if not asked.exists() or asked.read_text() != " ".join(line):
-        raise ValueError(f"{run} is another run: " + (asked.read_text() if asked.exists() else "not finished") + "; another --out, or delete it")
-    return run / "ckpt.pt"
+        train.main([*line, "--out", str(run)] + ["--resume"] * path.exists() + (["--device", device] if device else []))
+    return path
 
 
 def trained(run, flags, data, size, steps, n, chain, features, device):
     """What `run_once` trained: its errors by noise level with the Frechet distance of n samples of `chain`
     steps (mean and largest difference of three seeds), and the first seed's samples."""
     check(features)
-    score = Score(run_once(run, f"--size {size} {flags}", data, steps, device), features, n, 3, 64, device)
+    score = Score(run_once(run, f"--size {size} {flags}", data, steps, device), features, n, 3, None, device)
     checkpoint, method = score.checkpoint, score.method
     levels = errors(denoiser(method), (score.x[:5000], None), (pixels.to_float(score.held), None), 64, 0, score.device, run.with_name(f"{run.name}-error.csv"))
     row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
@@ -73,22 +75,27 @@ def spread(distances):
 
 
 class Score:
-    """Frechet distance of what a sampler draws from one checkpoint, over several seeds; without features (see features_file) only the drawing, once."""
+    """Frechet distance of what a sampler draws from one checkpoint, over several seeds of the noise, `batch` at a time (64, on CUDA 500); without features (see features_file) only the drawing, once."""
 
     def __init__(self, path, features, n, seeds, batch, device):
         if n < 2 or seeds < 1:
             raise ValueError(f"needs 2 images or more and 1 seed or more, got {n} and {seeds}")
         self.method, self.checkpoint = load(path, device=device)
-        self.device, self.n, self.batch = next(self.method.parameters()).device, n, batch
+        self.device, self.n = next(self.method.parameters()).device, n
+        self.batch = batch or (500 if self.device.type == "cuda" else 64)
         source = self.checkpoint["config"]["data"]
         images, labels = load_like(self.checkpoint, source)
         (self.x, _), (held, _) = hold_out(images, labels, 0)
         trained_on = evenly(self.checkpoint["config"]["overfit"], len(images))
         self.held = held[~torch.isin(evenly(len(held), len(images)), trained_on)]
+        if not len(self.held):
+            raise ValueError(f"{path} was trained on every image that could measure it")
         features = features_file(features, source, self.checkpoint["shape"], device)
         self.seeds = seeds if features else 1
         self.network = Features(features, self.checkpoint["shape"], self.device) if features else None
         self.statistics = self.network.statistics(self.x, source, 256) if features else None
+        if features and n <= self.network.dimensions:
+            print(f"warning: {n} images for {self.network.dimensions} features: the distances come out too high; give a larger --n")
 
     def __call__(self, sampler, options):
         """(distances by seed, evaluations an image, seconds an image, the first seed's images)."""
@@ -120,7 +127,7 @@ def write(name, rows, note, pictures=(), key=2):
     """Write a list of dicts as a .csv and print it. With `pictures`, images for each row: a grid that shows eight of each beside the row's first `key` entries, and a plot of the errors by noise level if the rows hold them."""
     table(name, rows)
     if len(pictures):
-        labels = [" ".join(value if isinstance(value, str) else f"{column} {value}" for column, value in list(row.items())[:key])[:28] for row in rows]
+        labels = [" ".join(value if isinstance(value, str) else f"{column} {value}" for column, value in list(row.items())[:key])[:40] for row in rows]
         pixels.save_grid(torch.cat([x[:8].cpu() for x in pictures]), name.with_name(f"{name.stem}-grid.png"), 8, labels)
         curves = [dict(row=label, sigma=float(column[5:]), rmse=value) for label, row in zip(labels, rows) for column, value in row.items() if column.startswith("rmse_")]
         if curves:
@@ -133,7 +140,9 @@ def write(name, rows, note, pictures=(), key=2):
 
 def claim(text, paper, ours):
     """Print what was found as a row of a table: claim, the paper's figure, ours, command, machine, date."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(": ")[1] for line in about.splitlines() if line.startswith("model name")), platform.processor() or platform.machine())
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     print(f"| {text} | {paper} | {ours} | `{command}` | {where} | {datetime.date.today()} |")
 

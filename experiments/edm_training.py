@@ -24,7 +24,7 @@ def edm_training(*,
                  P_mean: float = 0.0,        # centre of ln(sigma) in EDM's loss; the paper's -1.2 suits long runs
                  n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
                  features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
-                 out: str = "runs/edm-training",  # folder of the runs and edm_training.csv
+                 out: str = "runs/edm-training",  # folder of the runs and the table
                  device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     steps, size, n = steps or (1000 if quick else 20_000), size or (16 if quick else 32), n or (128 if quick else 2000)
@@ -33,7 +33,7 @@ def edm_training(*,
         found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {three_levels(size)} {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)
         pictures.append(x)
-    write(out / "edm_training.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps", pictures, 1)
+    write(out / f"edm_training-{Path(data).stem}-{size}.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps", pictures, 1)
     claim("each part of EDM's training helps (EDM, Table 2, C to F)", "VP, CIFAR-10: FID 2.31, 2.29, 2.05, 1.97", "Frechet " + ", ".join(f"{line['training']} {line.get('frechet')}" for line in rows))
 
 

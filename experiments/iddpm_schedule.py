@@ -26,13 +26,13 @@ def iddpm_schedule(*,
                    size: int | None = None,    # image size; default 32, quick 16
                    test: str | None = None,    # images to measure; default those held out
                    T: int | None = None,       # diffusion steps; default 4000, quick 250
-                   steps: int | None = None,   # training steps; default 100,000, quick 1,000
+                   steps: int | None = None,   # training steps; default 25,000, quick 1,000
                    n: int | None = None,       # images to measure; default 128, quick 64
                    train_runs: bool = True,    # --no-train_runs: the figures that need no network
                    out: str = "runs/iddpm-schedule",  # folder of runs, tables and pictures
                    device: str | None = None): # cuda, mps or cpu
     """Figures first, then Table 2. A run that is there already is used as it is."""
-    out, T, steps, n = Path(out), T or (250 if quick else 4000), steps or (1000 if quick else 100_000), n or (64 if quick else 128)
+    out, T, steps, n = Path(out), T or (250 if quick else 4000), steps or (1000 if quick else 25_000), n or (64 if quick else 128)
     size = size or (16 if quick else 32)
     out.mkdir(parents=True, exist_ok=True)
     table(out / "fig1.csv", [dict(T=k, t_of_T=round(t / k, 4), ratio=f"{ratio:.6g}") for k in (100, 1000, 4000) for t, ratio in variance_ratio(k)])
@@ -49,17 +49,17 @@ def iddpm_schedule(*,
         return
     rows, shares = [], []
     for schedule, objective in CASES:
-        run = out / f"{schedule}-{objective}"
+        run = out / f"{Path(data).stem}-{size}-{schedule}-{objective}"
         run_once(run, f"--size {size} --method iddpm {three_levels(size)} --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
         shares += [{"case": f"{schedule}, {objective}", "t": int(term["t"]), "bits/dim": float(term["bits_per_dim"])} for term in terms]
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])
-        rows.append(dict(schedule=schedule, objective=objective, bits_per_dim=round(found["bits_per_dim"], 3), error=round(found["standard_error"], 3),
+        rows.append(dict(schedule=schedule, objective=objective, bits_per_dim=round(found["bits_per_dim"], 3), error=found["standard_error"] and round(found["standard_error"], 3),
                          L_0=round(found["decoder"], 3), share_of_first_fiftieth=round(first / found["bits_per_dim"], 3)))
-    write(out / "table2.csv", rows, f"{data}, T = {T}, {steps} steps, {n} images; {len(rows)} runs")
-    table(out / "fig2.csv", shares)
-    plot(out / "fig2.png", shares, "t", "bits/dim", "case", log="xy")
+    write(out / f"table2-{Path(data).stem}-{size}.csv", rows, f"{data}, T = {T}, {steps} steps, {n} images; {len(rows)} runs")
+    table(out / f"fig2-{Path(data).stem}-{size}.csv", shares)
+    plot(out / f"fig2-{Path(data).stem}-{size}.png", shares, "t", "bits/dim", "case", log="xy")
     claim("the cosine schedule and the hybrid objective code better (Improved DDPM, Table 2)", "3.37, 3.26, 3.17, 2.94 bits/dim", ", ".join(f"{line['bits_per_dim']}" for line in rows))
 
 

@@ -19,22 +19,26 @@ def iddpm_steps(learned=None, fixed=None, *,
                 quick: bool = False,           # 128 images of each, at most 100 steps and networks of 16x16, for two CPU cores
                 data: str = "digits",          # where no checkpoints are given: what train.py's --data takes,
                 size: int | None = None,       # image size; default 32, quick 16,
-                train_steps: int | None = None,  # and training steps of each; default 50,000, quick 2,000
-                n: int | None = None,          # images of each; default 2,000, quick 128
+                train_steps: int | None = None,  # and training steps of each; default 25,000, quick 2,000
+                n: int | None = None,          # images of each; default 1,000, quick 128
                 seeds: int = 3,                # times that each is drawn; their mean and spread count
-                batch: int = 64,               # images at a time
+                batch: int | None = None,      # images at a time; default 64, on CUDA 500
                 out: str = "runs/iddpm-steps", # folder of iddpm_steps.csv, .png and the grid
                 device: str | None = None):    # cuda, mps or cpu
     """Draw, measure, write. Raises ValueError for checkpoints of another kind."""
-    n, chains = n or (128 if quick else 2000), (10, 25, 50, 100) if quick else (25, 50, 100, 200, 400, 1000)
+    n, chains = n or (128 if quick else 1000), (10, 25, 50, 100) if quick else (25, 50, 100, 200, 400, 1000)
     check(features)
+    if (learned is None) != (fixed is None):
+        raise ValueError("two checkpoints are compared, one of a learned variance and one of a fixed; or none is given, and both are trained")
     if learned is None:
         size = size or (16 if quick else 32)
-        flags, train_steps = f"--method iddpm --size {size} {three_levels(size)} --objective", train_steps or (2000 if quick else 50_000)
-        learned, fixed = (run_once(Path(out) / objective, f"{flags} {objective}", data, train_steps, device) for objective in ("hybrid", "simple"))
+        flags, train_steps = f"--method iddpm --size {size} {three_levels(size)} --objective", train_steps or (2000 if quick else 25_000)
+        learned, fixed = (run_once(Path(out) / f"{objective}-{Path(data).stem}-{size}", f"{flags} {objective}", data, train_steps, device) for objective in ("hybrid", "simple"))
     one, two = Score(learned, features, n, seeds, batch, device), Score(fixed, features, n, seeds, batch, device)
     if not getattr(one.method, "learned", False) or getattr(two.method, "learned", True):
         raise ValueError(f"{learned} must have a learned variance (iddpm --objective hybrid or vlb), {fixed} a fixed one (iddpm --objective simple)")
+
+    chains = [k for k in chains if k <= min(one.method.T, two.method.T)]
 
     def with_variance(name):
         def sampler(noise, y=None, **options):

@@ -30,7 +30,7 @@ def pdm_patches(*,
                 steps: int | None = None,   # training steps of 32 images for each; default 10,000, quick 800
                 n: int | None = None,       # samples for the Frechet distance and the grid; default 2,000, quick 128
                 chain: int = 50,            # sampling steps
-                batch: int = 16,            # images at a time where speed and memory are measured
+                batch: int | None = None,   # images at a time where speed and memory are measured; default 256, which is to fill a GPU, quick and --speed 16
                 repeats: int = 5,           # timings, interleaved; the median counts
                 features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
                 speed: bool = False,        # only time and weigh untrained networks
@@ -38,6 +38,7 @@ def pdm_patches(*,
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     out, steps, size, n = Path(out), steps or (800 if quick else 10_000), size or (16 if quick else 32), n or (128 if quick else 2000)
+    batch = batch or (16 if quick or speed else 256)
     check(features)
     rows, pictures = {P: dict(P=P) | cost for P, cost in costs(size, patches, batch, repeats, device).items()}, []
     for P in patches if not speed else ():

@@ -22,13 +22,13 @@ def pdm_targets(*,
                 patches: tuple[int, ...] = (1, 4),  # patch sizes
                 schedule: str = "linear",   # the paper's, or cosine: there sqrt(SNR) weighs eps's error 130 times more at t = T
                 steps: int | None = None,   # training steps of 32 images for each; default 5,000, quick 250
-                n: int | None = None,       # samples for the Frechet distance and the grid; default 1,000, quick 64
+                n: int | None = None,       # samples for the Frechet distance and the grid; default 1,000, quick 128
                 chain: int = 50,            # sampling steps
                 features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
                 out: str = "runs/pdm-targets",  # folder of the runs, pdm_targets.csv and the grids
                 device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
-    steps, size, n = steps or (250 if quick else 5000), size or (16 if quick else 32), n or (64 if quick else 1000)
+    steps, size, n = steps or (250 if quick else 5000), size or (16 if quick else 32), n or (128 if quick else 1000)
     out, rows, pictures = Path(out), [], []
     for P in patches:
         for target, weight in CASES:
@@ -37,8 +37,10 @@ def pdm_targets(*,
             rows.append(dict(P=P, predict=target, weight=weight) | found)
             pictures.append(x)
     write(out / f"pdm_targets-{Path(data).stem}-{size}-{schedule}.csv", rows, f"{n} samples in {chain} steps", pictures, 3)
-    claim("x and v are robust targets, eps is not, least of all with patches (PDM)", "", "Frechet " + ", ".join(
-        f"P = {line['P']} {line['predict']} {line.get('frechet')}" for line in rows if line["weight"] == "sqrt_snr"))
+    best = {}                                                     # of each target's weights
+    for line in sorted(rows, key=lambda line: line.get("frechet", 0)):
+        best.setdefault((line["P"], line["predict"]), f"{line.get('frechet')} ({line['weight']})")
+    claim("x and v are robust targets, eps is not, least of all with patches (PDM)", "", "Frechet, best weight: " + ", ".join(f"P = {P} {name} {found}" for (P, name), found in sorted(best.items())))
 
 
 main = script(pdm_targets, __doc__)

@@ -63,6 +63,50 @@ def test_an_experiment_trains_measures_and_writes_its_table_grid_and_row(run, tm
     assert run("precision", line.replace("--steps 2", "--steps 3"))[2].startswith("error: ")            # the runs that are there are others
 
 
+@pytest.mark.parametrize("name, line, made", [
+    ("ddpm_loss", "--steps 1 --bound_n 1 --n 2", "ddpm_loss-set-16.csv ddpm_loss-set-16-grid.png progressive-strip.png"),
+    ("iddpm_schedule", "--steps 1 --T 30 --n 2", "table2-set-16.csv fig2-set-16.csv fig1.csv fig3.png fig5.csv"),
+    ("iddpm_steps", "--train_steps 1 --n 2", "iddpm_steps.csv iddpm_steps-grid.png"),
+    ("edm_samplers", "--train_steps 1 --n 2", "edm_samplers.csv edm_samplers-grid.png"),
+    ("edm_churn", "--train_steps 1 --n 20 --images 2", "mixture.csv churn.csv churn-grid.png"),
+    ("edm_training", "--steps 1 --n 2", "edm_training-set-16.csv edm_training-set-16-grid.png"),
+    ("pdm_patches", "--steps 1 --n 2 --patches 2 4 --chain 2 --batch 2 --repeats 1", "pdm_patches-set-16.csv pdm_patches-set-16-grid.png"),
+    ("pdm_targets", "--steps 1 --n 2 --patches 4 --chain 2", "pdm_targets-set-16-linear.csv pdm_targets-set-16-linear-grid.png"),
+    ("patch_diffusion_p", "--steps 1 --n 2 --small 10 --batch 2", "patch_diffusion_p-set-16.csv patch_diffusion_p-set-16-grid.png")])
+def test_each_claim_comes_out_with_one_command_without_classes(run, tmp_path, monkeypatch, name, line, made):
+    monkeypatch.syspath_prepend(str(HERE.parent / "experiments"))
+    common = importlib.import_module("common")
+    for script in (importlib.import_module(name), common):
+        monkeypatch.setattr(script, "three_levels", lambda size: "--width 8 --mults 1 --attention 0", raising=False)
+    def drawn(sampler, shape, seeds, *_):                                  # sampling has tests of its own: here what is made of it
+        return torch.stack([torch.full(shape, i / 9) for _, i in seeds])
+    monkeypatch.setattr(common, "draw", drawn)
+    monkeypatch.setattr(importlib.import_module(name), "peak", lambda *_: 1.0, raising=False)
+    monkeypatch.setattr(common, "errors", lambda *_: [dict(sigma=1.0, held_out=0.5)])
+    monkeypatch.setattr(common.train, "preview", lambda averaged, shape, classes, grid, rows: torch.zeros(grid, *shape))
+    np.save("set.npy", np.random.default_rng(0).integers(0, 256, (70, 3, 16, 16), np.uint8))
+    code, out, err = run(name, f"--quick --data set.npy {line} --out it --device cpu")
+    assert code == 0, err
+    assert all((tmp_path / "it" / file).stat().st_size for file in made.split())
+    assert name == "iddpm_schedule" or "no Frechet distance: set.npy has no classes" in out
+    assert out.strip().splitlines()[-1].count("|") == 7
+
+
+def test_an_interrupted_experiment_goes_on_and_another_one_is_refused(run, tmp_path):
+    run("features", "--help")
+    from common import run_once
+    import train
+    np.save("set.npy", np.zeros((40, 3, 8, 8), np.uint8))
+    flags = "--method pdm --patch 1 --size 8 --width 8 --mults 1 --batch 2 --T 10"
+    path = run_once(tmp_path / "a", flags, "set.npy", 2, "cpu")
+    (tmp_path / "a" / "flags.txt").write_text((tmp_path / "a" / "flags.txt").read_text().replace("--steps 2 --every 2", "--steps 4 --every 4"))
+    assert run_once(tmp_path / "a", flags, "set.npy", 4, "cpu") == path and train.read(path)["step"] == 4
+    before = path.stat().st_mtime_ns
+    assert run_once(tmp_path / "a", flags, "set.npy", 4, "cpu") == path and path.stat().st_mtime_ns == before     # not trained twice
+    with pytest.raises(ValueError, match="another run: --steps 4"):
+        run_once(tmp_path / "a", flags + " --seed 3", "set.npy", 4, "cpu")
+
+
 def test_without_a_features_file_one_is_trained_on_the_classes_and_found_again(run, capsys):
     run("features", "--help")
     from common import features_file
