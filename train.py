@@ -43,7 +43,7 @@ METHODS = {"ddpm": DDPM, "iddpm": IDDPM, "pdm": PDM, "edm": EDM, "patch_diffusio
 # Where a method wants other defaults than the signatures give, at 32x32 on a CPU; measured in experiments/README.md.
 FULL_GRID = dict(width=24, mults=(1, 2, 3, 4), attention=(3,), lr=1e-3, decay=1000, steps=7000)
 DEFAULTS = {"ddpm": FULL_GRID, "iddpm": FULL_GRID, "pdm": {}, "edm": FULL_GRID | dict(steps=5000, P_mean=0.0),
-            "patch_diffusion": FULL_GRID | dict(width=32, mults=(1, 2, 4), attention=(2,), steps=2600)}      # 16x16 has crops of 4x4, which halve twice
+            "patch_diffusion": FULL_GRID | dict(width=32, mults=(1, 2, 4), attention=(2,), steps=5000, P_mean=0.0)}      # 16x16 has crops of 4x4, which halve twice
 
 VERSION = 2  # of the checkpoint's layout
 FREE = {"steps", "every", "grid", "out", "resume", "device", "data", "keep", "compile", "cooldown"}  # what --resume may change; data may move, not change
