@@ -248,6 +248,10 @@ class Features:
         with tqdm(desc="features", leave=False, disable=len(images) <= batch) as bar:
             return in_batches(some, len(images), batch, bar)
 
+    def warn_of_few(self, images):
+        if images <= self.dimensions:
+            print(f"warning: {images} images for {self.dimensions} features: the distance comes out too high; give more of them")
+
     def statistics(self, images, source, batch):
         """Mean (D,) and covariance (D, D) of the data's features, kept in a file beside the data."""
         path, key = Path(source).resolve(), hashlib.sha256(Path(self.path).read_bytes() + str(images.shape).encode())
@@ -284,9 +288,7 @@ def square_root(matrix):
 
 
 def frechet_report(network, samples, data, source, batch):
-    fewest = min(len(samples), len(data))
-    if fewest <= network.dimensions:
-        print(f"warning: {fewest} images for {network.dimensions} features: the distance comes out too high; give a larger --n")
+    network.warn_of_few(min(len(samples), len(data)))
     value = frechet_distance(*moments(network(pixels.to_uint8(samples), batch)), *network.statistics(data, source, batch))
     about = "".join(f", {key} {text}" for key, text in network.about.items())
     print(f"{network.name}: {value:.3f}  ({len(samples):,} samples, {len(data):,} images of {source}, {network.dimensions} features{about})")

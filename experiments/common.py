@@ -61,7 +61,7 @@ def trained(run, flags, data, size, steps, n, chain, features, device):
     """What `run_once` trained: its errors by noise level with the Frechet distance of n samples of `chain`
     steps (mean and largest difference of three seeds), and the first seed's samples."""
     check(features)
-    score = Score(run_once(run, f"--size {size} {flags}", data, steps, device), features, n, 3, None, device)
+    score = Score(run_once(run, f"--size {size} {flags}", data, steps, device), features, n, 3, device)
     checkpoint, method = score.checkpoint, score.method
     levels = errors(denoiser(method), (score.x[:5000], None), (pixels.to_float(score.held), None), 64, 0, score.device, run.with_name(f"{run.name}-error.csv"))
     row = {f"rmse_{level['sigma']:g}": round(level["held_out"], 5) for level in levels}
@@ -77,7 +77,7 @@ def spread(distances):
 class Score:
     """Frechet distance of what a sampler draws from one checkpoint, over several seeds of the noise, `batch` at a time (64, on CUDA 500); without features (see features_file) only the drawing, once."""
 
-    def __init__(self, path, features, n, seeds, batch, device):
+    def __init__(self, path, features, n, seeds, device, batch=None):
         if n < 2 or seeds < 1:
             raise ValueError(f"needs 2 images or more and 1 seed or more, got {n} and {seeds}")
         self.method, self.checkpoint = load(path, device=device)
@@ -94,8 +94,8 @@ class Score:
         self.seeds = seeds if features else 1
         self.network = Features(features, self.checkpoint["shape"], self.device) if features else None
         self.statistics = self.network.statistics(self.x, source, 256) if features else None
-        if features and n <= self.network.dimensions:
-            print(f"warning: {n} images for {self.network.dimensions} features: the distances come out too high; give a larger --n")
+        if features:
+            self.network.warn_of_few(n)
 
     def __call__(self, sampler, options):
         """(distances by seed, evaluations an image, seconds an image, the first seed's images)."""

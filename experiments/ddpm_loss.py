@@ -43,20 +43,20 @@ def ddpm_loss(*,
               device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     steps, size, n = steps or (2000 if quick else 30_000), size or (16 if quick else 32), n or (128 if quick else 2000)
-    out, rows, pictures, lossy = Path(out), [], [], []
-    for name, cls in (("L_simple", DDPM), ("L, the bound", Bound)):
-        run = out / f"{Path(data).stem}-{size}-{'simple' if cls is DDPM else 'bound'}"
+    out, stem, rows, pictures, lossy = Path(out), f"{Path(data).stem}-{size}", [], [], []
+    for loss, folder, cls in (("L_simple", "simple", DDPM), ("L, the bound", "bound", Bound)):
+        run = out / f"{stem}-{folder}"
         train.METHODS["ddpm"] = cls                                           # the checkpoint is an ordinary DDPM's
         try:
             found, x = trained(run, f"--method ddpm {three_levels(size)}", data, size, steps, n, 100 if quick else 1000, features, device)
         finally:
             train.METHODS["ddpm"] = DDPM
         nll = evaluate(run / "ckpt.pt", dict(steps=250) if quick else {}, nll=True, n=bound_n or (16 if quick else 128), data=test, device=device)["nll"]
-        rows.append(dict(loss=name, bits_per_dim=round(nll["bits_per_dim"], 3), error=nll["standard_error"] and round(nll["standard_error"], 3)) | found)
+        rows.append(dict(loss=loss, bits_per_dim=round(nll["bits_per_dim"], 3), error=nll["standard_error"] and round(nll["standard_error"], 3)) | found)
         pictures.append(x)
-        lossy += [dict(loss=name, rate=float(row["rate"]), distortion=float(row["distortion"])) for row in csv.DictReader(open(run / "evaluation" / "terms.csv"))]
-    sample(run.with_name(run.name.replace("bound", "simple")) / "ckpt.pt", dict(steps=250), strip=True, n=4, out=str(out / "progressive-strip.png"), device=device)
-    write(out / f"ddpm_loss-{Path(data).stem}-{size}.csv", rows, f"{data}, {steps} steps", pictures, 1)
+        lossy += [dict(loss=loss, rate=float(row["rate"]), distortion=float(row["distortion"])) for row in csv.DictReader(open(run / "evaluation" / "terms.csv"))]
+    sample(out / f"{stem}-simple" / "ckpt.pt", dict(steps=250), strip=True, n=4, out=str(out / "progressive-strip.png"), device=device)
+    write(out / f"ddpm_loss-{stem}.csv", rows, f"{data}, {steps} steps", pictures, 1)
     plot(out / "rate_distortion.png", lossy, "rate", "distortion", "loss", log="")
     a, b = rows
     claim("L_simple draws better than the bound, and codes worse (DDPM, Tables 1 and 2)", "FID 3.17 and 13.51, bits/dim 3.75 and 3.70",

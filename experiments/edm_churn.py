@@ -75,7 +75,7 @@ def edm_churn(path=None, *,
     check(features)
     if network:
         path = path or run_once(out / f"edm-{Path(data).stem}-{size}", f"--method edm --size {size} {three_levels(size)}", data, train_steps or (1500 if quick else 30_000), device)
-        score = Score(path, features, images or (128 if quick else 2000), seeds, None, device)
+        score = Score(path, features, images or (128 if quick else 2000), seeds, device)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     n = n or (10_000 if quick else 50_000)

@@ -31,13 +31,13 @@ def edm_samplers(path=None, *,
     check(features)
     size = size or (16 if quick else 32)
     path = path or run_once(Path(out) / f"ddpm-{Path(data).stem}-{size}", f"--method ddpm --size {size} {three_levels(size)}", data, train_steps or (2500 if quick else 30_000), device)
-    score = Score(path, features, n or (128 if quick else 2000), seeds, batch, device)
+    score = Score(path, features, n or (128 if quick else 2000), seeds, device, batch)
     if getattr(score.method, "T", 0) < 250:
         raise ValueError(f"{path} is not of a DDPM (or Improved DDPM, PDM) with 250 steps or more")
     D, own = denoiser(score.method), score.method.sample
     ode = functools.partial(ode_sample, D)
     old = dict(discretization="vp", schedule="vp", scaling="vp")
-    cases = [("ancestral", steps, own, dict(steps=steps)) for steps in ((100, 250) if quick else (50, 100, 250, score.method.T))]
+    cases = [("ancestral", steps, own, dict(steps=steps)) for steps in ((100, 250) if quick else sorted({50, 100, 250, score.method.T}))]
     cases += [("DDIM", steps, own, dict(steps=steps, eta=0.0)) for steps in ((18, 35) if quick else (10, 18, 35, 79))]
     cases += [("Euler", steps, ode, dict(steps=steps, solver="euler")) for steps in ((18, 35) if quick else (10, 18, 35, 79))]
     cases += [("Heun", steps, ode, dict(steps=steps)) for steps in ((5, 9, 18) if quick else (5, 9, 18, 40))]

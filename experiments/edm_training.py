@@ -28,12 +28,12 @@ def edm_training(*,
                  device: str | None = None): # cuda, mps or cpu
     """Train, measure, write the table. A run that is there already is used as it is."""
     steps, size, n = steps or (1000 if quick else 20_000), size or (16 if quick else 32), n or (128 if quick else 2000)
-    out, rows, pictures = Path(out), [], []
+    out, stem, rows, pictures = Path(out), f"{Path(data).stem}-{size}", [], []
     for k, (name, flags) in enumerate(LADDER.items()):
-        found, x = trained(out / f"{Path(data).stem}-{size}-{k}", f"--method edm {three_levels(size)} {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
+        found, x = trained(out / f"{stem}-{k}", f"--method edm {three_levels(size)} {flags.format(P_mean=P_mean)}", data, size, steps, n, 18, features, device)
         rows.append(dict(training=name) | found)
         pictures.append(x)
-    write(out / f"edm_training-{Path(data).stem}-{size}.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps", pictures, 1)
+    write(out / f"edm_training-{stem}.csv", rows, f"{data}, {steps} steps of 32 images, {n} samples by Heun in 18 steps", pictures, 1)
     claim("each part of EDM's training helps (EDM, Table 2, C to F)", "VP, CIFAR-10: FID 2.31, 2.29, 2.05, 1.97", "Frechet " + ", ".join(f"{line['training']} {line.get('frechet')}" for line in rows))
 
 

@@ -34,6 +34,7 @@ def iddpm_schedule(*,
     """Figures first, then Table 2. A run that is there already is used as it is."""
     out, T, steps, n = Path(out), T or (250 if quick else 4000), steps or (1000 if quick else 25_000), n or (64 if quick else 128)
     size = size or (16 if quick else 32)
+    stem = f"{Path(data).stem}-{size}"
     out.mkdir(parents=True, exist_ok=True)
     table(out / "fig1.csv", [dict(T=k, t_of_T=round(t / k, 4), ratio=f"{ratio:.6g}") for k in (100, 1000, 4000) for t, ratio in variance_ratio(k)])
     table(out / "fig5.csv", [dict(t_of_T=t / 1000, linear=f"{a:.6g}", cosine=f"{b:.6g}") for t, a, b in zip(range(1, 1001), *(alpha_bar(k) for k in ("linear", "cosine")))])
@@ -49,7 +50,7 @@ def iddpm_schedule(*,
         return
     rows, shares = [], []
     for schedule, objective in CASES:
-        run = out / f"{Path(data).stem}-{size}-{schedule}-{objective}"
+        run = out / f"{stem}-{schedule}-{objective}"
         run_once(run, f"--size {size} --method iddpm {three_levels(size)} --schedule {schedule} --objective {objective} --T {T}", data, steps, device)
         found = evaluate(run / "ckpt.pt", {}, nll=True, n=n, data=test, device=device)["nll"]
         terms = list(csv.DictReader(open(run / "evaluation" / "terms.csv")))
@@ -57,9 +58,9 @@ def iddpm_schedule(*,
         first = sum(float(term["bits_per_dim"]) for term in terms[:max(1, T // 50)])
         rows.append(dict(schedule=schedule, objective=objective, bits_per_dim=round(found["bits_per_dim"], 3), error=found["standard_error"] and round(found["standard_error"], 3),
                          L_0=round(found["decoder"], 3), share_of_first_fiftieth=round(first / found["bits_per_dim"], 3)))
-    write(out / f"table2-{Path(data).stem}-{size}.csv", rows, f"{data}, T = {T}, {steps} steps, {n} images; {len(rows)} runs")
-    table(out / f"fig2-{Path(data).stem}-{size}.csv", shares)
-    plot(out / f"fig2-{Path(data).stem}-{size}.png", shares, "t", "bits/dim", "case", log="xy")
+    write(out / f"table2-{stem}.csv", rows, f"{data}, T = {T}, {steps} steps, {n} images; {len(rows)} runs")
+    table(out / f"fig2-{stem}.csv", shares)
+    plot(out / f"fig2-{stem}.png", shares, "t", "bits/dim", "case", log="xy")
     claim("the cosine schedule and the hybrid objective code better (Improved DDPM, Table 2)", "3.37, 3.26, 3.17, 2.94 bits/dim", ", ".join(f"{line['bits_per_dim']}" for line in rows))
 
 

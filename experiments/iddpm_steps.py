@@ -34,11 +34,13 @@ def iddpm_steps(learned=None, fixed=None, *,
         size = size or (16 if quick else 32)
         flags, train_steps = f"--method iddpm --size {size} {three_levels(size)} --objective", train_steps or (2000 if quick else 25_000)
         learned, fixed = (run_once(Path(out) / f"{objective}-{Path(data).stem}-{size}", f"{flags} {objective}", data, train_steps, device) for objective in ("hybrid", "simple"))
-    one, two = Score(learned, features, n, seeds, batch, device), Score(fixed, features, n, seeds, batch, device)
+    one, two = Score(learned, features, n, seeds, device, batch), Score(fixed, features, n, seeds, device, batch)
     if not getattr(one.method, "learned", False) or getattr(two.method, "learned", True):
         raise ValueError(f"{learned} must have a learned variance (iddpm --objective hybrid or vlb), {fixed} a fixed one (iddpm --objective simple)")
 
     chains = [k for k in chains if k <= min(one.method.T, two.method.T)]
+    if not chains:
+        raise ValueError(f"{learned} and {fixed} have too few steps to leave any out")
 
     def with_variance(name):
         def sampler(noise, y=None, **options):

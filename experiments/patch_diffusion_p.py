@@ -28,17 +28,17 @@ def patch_diffusion_p(*,
     """Train, measure, write the table. A run that is there already is used as it is."""
     batch = batch or (32 if quick else 256)
     steps, size, n = steps or (600 if quick else 10_000), size or (16 if quick else 32), n or (128 if quick else 2000)
-    out, rows, pictures = Path(out), [], []
+    out, stem, rows, pictures = Path(out), f"{Path(data).stem}-{size}", [], []
     cases = [(p, "stochastic", 0) for p in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)] + [(0.5, "progressive", 0), (0.5, "stochastic", small), (1.0, "stochastic", small)]
     for p, sizes, some in cases:
-        run = out / f"{Path(data).stem}-{size}-p{p}-{sizes}-{some or 'all'}"
+        run = out / f"{stem}-p{p}-{sizes}-{some or 'all'}"
         found, x = trained(run, f"--method patch_diffusion --p_full {p} --sizes {sizes} --overfit {some} --P_mean 0 --batch {batch}", data, size, steps, n, 18, features, device)
         seconds = float(list(csv.DictReader(open(run / "log.csv")))[-1]["seconds"])
         rows.append(dict(p=p, sizes=sizes, images=some or "all", seconds=round(seconds, 1)) | found)
         pictures.append(x)
-    write(out / f"patch_diffusion_p-{Path(data).stem}-{size}.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps", pictures, 3)
+    write(out / f"patch_diffusion_p-{stem}.csv", rows, f"{data}, {steps} steps, {n} samples by Heun in 18 steps", pictures, 3)
     if "frechet" in rows[0]:
-        plot(out / f"shares-{Path(data).stem}-{size}.png", [row | dict(trained_on=f"{row['sizes']}, {row['images']} images") for row in rows], "p", "frechet", "trained_on", "spread", log="")
+        plot(out / f"shares-{stem}.png", [row | dict(trained_on=f"{row['sizes']}, {row['images']} images") for row in rows], "p", "frechet", "trained_on", "spread", log="")
     half, one = rows[3], rows[5]
     claim("crops make training twice as fast at no cost in quality (Patch Diffusion)", "p = .5: half the time, FID as good",
         f"{one['seconds'] / max(half['seconds'], 0.1):.2f}x; Frechet {half.get('frechet')} for p = .5, {one.get('frechet')} for p = 1")

@@ -77,8 +77,7 @@ def test_an_experiment_trains_measures_and_writes_its_table_grid_and_row(run, tm
 def test_each_claim_comes_out_with_one_command_without_classes(run, tmp_path, monkeypatch, name, line, made):
     monkeypatch.syspath_prepend(str(HERE.parent / "experiments"))
     common, script = importlib.import_module("common"), importlib.import_module(name)
-    for module in (script, common):
-        monkeypatch.setattr(module, "three_levels", lambda size: "--width 8 --mults 1 --attention 0", raising=False)
+    monkeypatch.setattr(script, "three_levels", lambda size: "--width 8 --mults 1 --attention 0", raising=False)
     def drawn(sampler, shape, seeds, *_):                                  # sampling has tests of its own: here what is made of it
         return torch.stack([torch.full(shape, i / 9) for _, i in seeds])
     monkeypatch.setattr(common, "draw", drawn)
