@@ -1,147 +1,249 @@
-"""Patched diffusion models (PDM): Improving Diffusion Model Efficiency Through Patching.  Luhman & Luhman, 2022.
-arXiv:2207.04316
+"""Patched diffusion models (PDM): Improving Diffusion Model Efficiency Through Patching.
+Luhman & Luhman, 2022.  arXiv:2207.04316
 
-An image is redundant, most of all under noise, where the best prediction is a blur. So fold every P x P pixels into
-channels and let the network work on an H/P x W/P grid: about P^2 times less time and memory, in training and sampling.
-A network of so few positions should predict the image (or v), not the noise. Notation as in iddpm.py, except
+An image is redundant, most of all under noise, where the best prediction is a blur. So fold
+every P x P pixels into channels and let the network work on an H/P x W/P grid: about P^2 times
+less time and memory, in training and sampling. A network of so few positions should predict the
+image (or v), not the noise. Notation as in iddpm.py, except
 
-    paper           code                shape                meaning
-    P               patch                                    patch size of each part; 1 is the plain U-Net
-    cut             split_snr                                SNR at which the chain changes network (Sec. 4.1)
-    alpha_t         alpha_bar[t]        (T + 1,)             this paper's alpha_t is DDPM's alpha_bar_t
-    z_t, x          x_t, x_0            (B, C, H, W)         noisy and clean image
-    SNR(t)          snr(t)              (B, 1, 1, 1)         alpha_bar_t / (1 - alpha_bar_t)
-    v               out                 (B, C, H, W)         network's output, if v is its target; IDDPM's v is `var` here
-    gamma_t         gamma(t)            (B, 1, 1, 1)         weight of the loss, always taken on x
-    x_theta, x*     x_0_hat             (B, C, H, W)         the network's prediction; the optimal one is `posterior_mean`
+    paper          code             shape          meaning
+    P              patch                           patch size; one for each part of the chain
+    cut            split_snr                       SNR at which the chain changes network
+    alpha_t        alpha_bar[t]     (T + 1,)       this paper's alpha_t is DDPM's alpha_bar_t
+    z_t, x         x_t, x_0         (B, C, H, W)   noisy and clean image
+    SNR(t)         snr(t)           (B, 1, 1, 1)   alpha_bar_t / (1 - alpha_bar_t)
+    v              out              (B, C, H, W)   the network's output, where it predicts v
+                   var              (B, C, H, W)   IDDPM's v, where the variance is learned
+    gamma_t        gamma(t)         (B, 1, 1, 1)   weight of the loss, always taken on x
+    x_theta        x_0_hat          (B, C, H, W)   the prediction of x
+    x*             posterior_mean   (B, C, H, W)   the optimal prediction of x
 
-This is not Patch Diffusion (Wang et al. 2023), which trains on crops. Where we differ from the authors' code: the order of
-the channels in a patch; here the cosine schedule and a fixed variance are the defaults (theirs: linear, learned).
+This is not Patch Diffusion (Wang et al. 2023), which trains on crops.
+Where we differ from the authors' code: the order of the channels in a patch; the cosine
+schedule and a fixed variance are our defaults (theirs: linear, learned). Their variance head
+reads detached features, its v is a sigmoid with 1 at beta_tilde, and they weigh the bound with
+1, which is our lambda T at T = 1000 only.
 """
+import math
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ddpm import linear_betas
-from iddpm import IDDPM
+from iddpm import IDDPM, cosine_betas
 
 
 def patchify(x, P):
     """Fold P x P pixels into channels: (B, C, H, W) -> (B, C P^2, H/P, W/P)."""
-    return nn.functional.pixel_unshuffle(x, P)
+    return pixel_unshuffle(x, P)
 
 
 def unpatchify(x, P):
     """Undo patchify: (B, C P^2, H/P, W/P) -> (B, C, H, W)."""
-    return nn.functional.pixel_shuffle(x, P)
-
-
-def posterior_mean(x_t, alpha_bar, data):
-    """E[x_0 | x_t] (B, C, H, W), the optimal prediction, if x_0 is one of data (N, C, H, W): a blur where x_t is noisy."""
-    z, data = x_t.flatten(1).to(torch.float32 if x_t.device.type == "mps" else torch.float64), data.flatten(1).split(1000)
-    alpha_bar, logits = torch.as_tensor(alpha_bar, dtype=z.dtype, device=z.device).reshape(-1, 1), []
-    for x in data:                                                                                      # (n, C H W)
-        distance = z.square().sum(1, keepdim=True) - 2 * alpha_bar.sqrt() * z @ x.to(z).T + alpha_bar * x.to(z).square().sum(1)  # Optimal prediction
-        logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))                              # (B, n)
-    w = torch.cat(logits, dim=1).softmax(1).split(1000, dim=1)                                          # (B, N) in parts
-    return sum(w_k @ x.to(z) for w_k, x in zip(w, data)).view_as(x_t).to(x_t.dtype)
-
-
-class PDM(IDDPM):
-    """IDDPM whose network sees patches as channels, with a choice of training target and loss weight."""
-    guidance = 1.5                                                          # what sample.py takes where classes are used; Guidance
-    def __init__(self, make_net, channels, *,
-                 patch: tuple[int, ...] = 4,                         # P, patch size; 1 is the plain U-Net; one for each part, noisiest first
-                 predict: Literal["x", "eps", "v"] = "x",            # what the network predicts
-                 weight: Literal["1", "sqrt_snr", "snr", "snr+1", "truncated", "p2"] = "sqrt_snr",  # gamma_t, weight of the loss on x
-                 T: int = 1000,                                      # number of diffusion steps
-                 schedule: Literal["cosine", "linear", "linear0.025"] = "cosine",  # noise schedule; the paper's linear learns slowly
-                 split_snr: tuple[float, ...] = (),                  # cuts: a network of its own for each part of the chain (Sec. 4.1)
-                 part: int | None = None,                            # train this part alone, 0 the noisiest; experiments/join_parts.py joins
-                 learn_variance: bool = False,                       # learn IDDPM's variance too; needs a long run
-                 variance: Literal["large", "small"] = "large",      # sigma_t^2 where none is learned: beta_t or beta_tilde_t
-                 clip: bool = True):                                 # clip x_0_hat to [-1, 1] in sampling
-        parts, patch = len(split_snr) + 1, [patch] if isinstance(patch, int) else list(patch)
-        patch = patch * parts if len(patch) == 1 else patch
-        if len(patch) != parts or min(patch) < 1 or part is not None and not (split_snr and 0 <= part < parts):
-            raise ValueError(f"split_snr makes {parts} parts, 0 the noisiest, and patch is one size from 1 on or one a part: got patch {patch}, part {part}")
-
-        def make_parts(c_in, c_out):
-            nets = [Patched(make_net(c_in * P ** 2, c_out * P ** 2), P) for P in patch]
-            return Split(nets) if split_snr else nets[0]
-        super().__init__(make_parts, channels, T=T, schedule="cosine" if schedule == "cosine" else "linear",
-                         objective="hybrid" if learn_variance else "simple", variance=variance, clip=clip)
-        if schedule == "linear0.025":
-            self.set_schedule(linear_betas(T, beta_T=0.025))
-        self.target, self.weight, self.part = predict, weight, part
-        if split_snr:
-            snr = self.snr(torch.arange(1, T + 1))
-            part_of = (snr[:, None] > snr.new_tensor(split_snr)).sum(1)                         # Sec. 4.1: a cut belongs to the noisier part
-            if len(part_of.unique()) != parts:
-                raise ValueError(f"split_snr {split_snr} leaves a part without steps: SNR runs from {snr[-1]:.2g} to {snr[0]:.2g}")
-            self.net.part_of = torch.cat([part_of[:1], part_of])                                        # (T + 1,)
-
-    def draw_t(self, B, device):
-        if self.part is None:
-            return super().draw_t(B, device)
-        own = 1 + (self.net.part_of[1:] == self.part).nonzero()                                         # (steps of the part, 1)
-        return own[torch.randint(len(own), (B,), device=device)].view(B, 1, 1, 1), 1.0
-
-    def snr(self, t):
-        return self.alpha_bar[t] / (1 - self.alpha_bar[t])                                              # SNR(t)
-
-    def gamma(self, t):
-        """Weight of the loss on x, (B, 1, 1, 1) float64: sqrt(SNR) in the paper, the others in its code."""
-        snr = self.snr(t)
-        return {"1": torch.ones_like(snr), "sqrt_snr": snr.sqrt(), "snr": snr, "snr+1": snr + 1, "truncated": snr.clamp(min=1),
-                "p2": snr * (1 - self.alpha_bar[t]).sqrt()}[self.weight]                                # Loss weight
-
-    def x_0_and_v(self, x_t, t, y=None):
-        """x_0_hat from any of the three targets, and IDDPM's v (or None)."""
-        out, var = self.outputs(x_t, t, y)
-        if self.target == "eps":
-            out = self.x_0_hat(x_t, t, out)
-        elif self.target == "v":
-            out = self.alpha_bar[t].sqrt() * x_t - (1 - self.alpha_bar[t]).sqrt() * out                 # Training targets
-        return out.to(x_t.dtype), var
-
-    def loss(self, x_0, y=None):
-        """gamma_t ||x - x_hat||^2 of images in [-1, 1], and lambda L_vlb where the variance is learned."""
-        t, _ = self.draw_t(len(x_0), x_0.device)
-        x_t = self.q_sample(x_0, t, torch.randn_like(x_0))
-        x_0_hat, var = self.x_0_and_v(x_t, t, y)
-        L = (self.gamma(t).to(x_0.dtype) * (x_0 - x_0_hat).square()).flatten(1).mean(1)                 # Loss weight
-        if self.learned:
-            L = L + self.lambda_vlb * self.T * self.L_t(x_0, x_t, t, x_0_hat.detach(), var)             # IDDPM Eq. 16
-        return L.mean()
-
-
-class Split(nn.Module):
-    """Networks that share the chain, the one for the noisiest steps first; each sees only its own; Sec. 4.1."""
-    def __init__(self, nets):
-        super().__init__()
-        self.nets = nn.ModuleList(nets)
-        self.register_buffer("part_of", None, persistent=False)                 # (T + 1,), the part that step t belongs to
-
-    def forward(self, x, c_noise, y=None):
-        part, out = self.part_of[c_noise.long()], None                          # (B,)
-        for k, net in enumerate(self.nets):
-            mine = (part == k).nonzero().flatten()
-            if len(mine) == len(x):
-                return net(x, c_noise, y)
-            if len(mine):
-                own = net(x[mine], c_noise[mine], None if y is None else y[mine])
-                out = (own.new_zeros(len(x), *own.shape[1:]) if out is None else out).index_copy(0, mine, own)
-        return out                                                              # (B, C, H, W), or (B, 2C, H, W)
+    return pixel_shuffle(x, P)
 
 
 class Patched(nn.Module):
-    """A network run on patches. Its C P^2 or 2C P^2 outputs unfold into C or 2C channels, mean before variance."""
+    """A network run on patches; what it gives unfolds into C channels, or into 2C."""
+
     def __init__(self, net, P):
         super().__init__()
-        self.net, self.P = net, P
+        self.net = net
+        self.P = P
 
-    def forward(self, x, c_noise, y=None):                       # (B, C, H, W)
-        x = self.net(patchify(x, self.P), c_noise, y)            # (B, C P^2, H/P, W/P), or twice the channels
-        return unpatchify(x, self.P)                             # (B, C, H, W), or (B, 2C, H, W)
+    def forward(self, x, c_noise, y=None):
+        x = patchify(x, self.P)                                         # (B, C P^2, H/P, W/P)
+        x = self.net(x, c_noise, y)                                     # the same, or 2C P^2
+        return unpatchify(x, self.P)                                    # (B, C, H, W), or 2C
+
+
+def posterior_mean(x_t, alpha_bar, data):
+    """E[x_0 | x_t] (B, C, H, W), the optimal prediction, if x_0 is one of data (N, C, H, W).
+
+    alpha_bar is a number or (B, 1, 1, 1). A blur of the data where x_t is noisy.
+    """
+    double = torch.float32 if x_t.device.type == "mps" else torch.float64
+    z = x_t.flatten(1).to(double)                                       # (B, C H W)
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=double, device=z.device).reshape(-1, 1)
+    parts = data.flatten(1).split(1000)                                 # (1000, C H W) each
+    logits = []
+    for part in parts:
+        x = part.to(z)
+        product = alpha_bar.sqrt() * z @ x.T                            # (B, 1000)
+        z_z = z.square().sum(1, keepdim=True)
+        distance = z_z - 2 * product + alpha_bar * x.square().sum(1)    # Optimal prediction
+        logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))
+    w = torch.cat(logits, dim=1).softmax(1)                             # Optimal prediction
+    x_star = torch.zeros_like(z)
+    for part, w_part in zip(parts, w.split(1000, dim=1)):
+        x_star += w_part @ part.to(z)                                   # Optimal prediction
+    return x_star.view_as(x_t).to(x_t.dtype)
+
+
+Weight = Literal["1", "sqrt_snr", "snr", "snr+1", "truncated", "p2"]
+
+
+class PDM(IDDPM):
+    """IDDPM whose network sees patches as channels, with a choice of target and loss weight."""
+
+    guidance = 1.5  # the paper's weight of guidance, where there are classes
+    latent_config = {"clip": False, "learn_variance": False}
+
+    def __init__(
+        self,
+        make_net,
+        channels,
+        *,
+        patch: tuple[int, ...] = (4,),  # P; 1 is the plain U-Net; one a part, noisiest first
+        predict: Literal["x", "eps", "v"] = "x",  # what the network predicts
+        weight: Weight = "sqrt_snr",  # gamma_t, weight of the loss on x
+        T: int = 1000,  # number of diffusion steps
+        schedule: Literal["cosine", "linear", "linear0.025"] = "cosine",  # of the noise
+        split_snr: tuple[float, ...] = (),  # cuts: a network for each part (Sec. 4.1)
+        learn_variance: bool = False,  # learn IDDPM's variance too; needs a long run
+        variance: Literal["large", "small"] = "large",  # if not learned: beta_t or beta_tilde_t
+        clip: bool = True,  # clip x_0_hat to [-1, 1] in sampling
+    ):
+        patch = one_a_part(patch, len(split_snr) + 1)
+        betas = betas_of(schedule, T)
+        part_of = parts_of_steps(betas, split_snr)                      # (T + 1,)
+
+        def make_patched(c_in, c_out):
+            nets = [Patched(make_net(c_in * P**2, c_out * P**2), P) for P in patch]
+            return Split(nets, part_of) if split_snr else nets[0]
+
+        super().__init__(
+            make_patched,
+            channels,
+            T=T,
+            objective="hybrid" if learn_variance else "simple",
+            variance=variance,
+            clip=clip,
+            betas=betas,
+        )
+        self.target = predict
+        self.weight = weight
+        self.size_multiple = math.lcm(*patch)
+
+    # Training targets
+
+    def training_target(self, x_0, eps, t):
+        """What the network is asked for, (B, C, H, W), by `predict`: x, eps or v."""
+        alpha = self.alpha_bar[t]
+        if self.target == "x":
+            return x_0                                                  # Training targets, x
+        if self.target == "eps":
+            return eps                                                  # Training targets, eps
+        v = alpha.sqrt() * eps - (1 - alpha).sqrt() * x_0               # Training targets, v
+        return v.to(x_0.dtype)
+
+    def x_from_target(self, x_t, t, out):
+        """The x (B, C, H, W) of which `out` is the target at x_t."""
+        alpha = self.alpha_bar[t]
+        if self.target == "x":
+            x = out
+        elif self.target == "eps":
+            x = (x_t - (1 - alpha).sqrt() * out) / alpha.sqrt()         # DDPM Eq. 15
+        else:
+            x = alpha.sqrt() * x_t - (1 - alpha).sqrt() * out           # Training targets, v
+        return x.to(x_t.dtype)
+
+    def x_0_and_v(self, x_t, t, y=None):
+        """x_0_hat (B, C, H, W), not clipped, and IDDPM's v, or None where none is learned."""
+        out, var = self.outputs(x_t, t, y)
+        return self.x_from_target(x_t, t, out), var
+
+    # Loss
+
+    def snr(self, t):
+        return self.alpha_bar[t] / (1 - self.alpha_bar[t])              # SNR(t)
+
+    def gamma(self, t):
+        """Weight of the loss on x, float64: sqrt(SNR) in the paper, the others in its code."""
+        snr = self.snr(t)
+        weights = {
+            "1": torch.ones_like(snr),
+            "sqrt_snr": snr.sqrt(),                                     # Loss weight
+            "snr": snr,  # that of the error in eps
+            "snr+1": snr + 1,  # that of the error in v
+            "truncated": snr.clamp(min=1),
+            "p2": snr * (1 - self.alpha_bar[t]).sqrt(),
+        }
+        return weights[self.weight]
+
+    def loss(self, x_0, y=None):
+        """gamma_t ||x - x_hat||^2 of images in [-1, 1], and lambda L_vlb if it is learned."""
+        t = self.draw_t(x_0)
+        x_t = self.q_sample(x_0, t, torch.randn_like(x_0))
+        x_0_hat, var = self.x_0_and_v(x_t, t, y)
+        L = self.gamma(t) * (x_0 - x_0_hat).square()                    # Loss weight
+        L = L.flatten(1).mean(1).to(x_0.dtype)                          # (B,)
+        if self.learned:
+            L_t = self.L_t(x_0, x_t, t, x_0_hat.detach(), var)
+            L = L + self.lambda_vlb * self.T * L_t                      # IDDPM Eq. 16
+        return L.mean()
+
+
+def betas_of(schedule, T):
+    if schedule == "cosine":
+        return cosine_betas(T)
+    return linear_betas(T, beta_T=0.025 if schedule == "linear0.025" else 0.02)
+
+
+# Splitting
+
+class Split(nn.Module):
+    """Networks that share the chain, that of the noisiest steps first; Sec. 4.1.
+
+    part_of (T + 1,) says which network serves step t; each sees its own images only.
+    """
+
+    def __init__(self, nets, part_of):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self.register_buffer("part_of", part_of, persistent=False)
+
+    def forward(self, x, c_noise, y=None):
+        part = self.part_of[c_noise.long()]                             # (B,)
+        out = None
+        for k, net in enumerate(self.nets):
+            rows = (part == k).nonzero().flatten()                      # (B_k,)
+            if len(rows) == 0:
+                continue
+            y_k = None if y is None else y[rows]
+            out_k = net(x[rows], c_noise[rows], y_k)                    # (B_k, C or 2C, H, W)
+            if out is None:
+                out = out_k.new_zeros(len(x), *out_k.shape[1:])
+            out = out.index_copy(0, rows, out_k)
+        return out                                                      # (B, C or 2C, H, W)
+
+
+def parts_of_steps(betas, cuts):
+    """The part, 0 the noisiest, that each step t = 0..T belongs to, (T + 1,); Sec. 4.1.
+
+    A cut in SNR belongs to the noisier part. ValueError where a part has no steps.
+    """
+    alpha_bar = (1 - betas).cumprod(0)
+    snr = alpha_bar / (1 - alpha_bar)                                   # (T,)
+    part_of = (snr[:, None] > snr.new_tensor(cuts)).sum(1)              # Sec. 4.1
+    if len(part_of.unique()) != len(cuts) + 1:
+        raise ValueError(
+            f"split_snr {cuts} leaves a part without steps: "
+            f"SNR runs from {snr[-1]:.2g} to {snr[0]:.2g}"
+        )
+    return torch.cat([part_of[:1], part_of])  # t = 0 goes with t = 1
+
+
+def one_a_part(patch, parts):
+    """[P of each part] from one size for all, or from one a part; ValueError for others."""
+    patch = [patch] if isinstance(patch, int) else list(patch)
+    if len(patch) == 1:
+        patch = patch * parts
+    if len(patch) != parts or min(patch) < 1:
+        raise ValueError(
+            f"split_snr makes {parts} parts, the noisiest first; patch is one size from 1 on, "
+            f"or one for each part: got {patch}"
+        )
+    return patch
