@@ -1,302 +1,652 @@
-"""Elucidating the Design Space of Diffusion-Based Generative Models.  Karras, Aittala, Aila & Laine, 2022.  arXiv:2206.00364
+"""Elucidating the Design Space of Diffusion-Based Generative Models.
+Karras, Aittala, Aila & Laine, 2022.  arXiv:2206.00364
 
-Noise is a matter of level alone: x = y + n with n ~ N(0, sigma^2 I). A denoiser D(x; sigma) gives the slope of an ODE that
-carries noise to images, and everything else (network scaling, training noise, time steps, schedule, scaling, solver) can be
-chosen apart. Table 1 writes four methods in these terms; here each of its rows is an argument.
+Noise is a matter of level alone: x = y + n with n ~ N(0, sigma^2 I). A denoiser D(x; sigma)
+gives the slope of an ODE that carries noise to images, and everything else (network scaling,
+training noise, time steps, schedule, scaling, solver) can be chosen apart. Table 1 writes four
+methods in these terms; here each column is a class and each row is an argument.
 
-    paper           code              shape          meaning
-    y               x                 (B, C, H, W)   clean image in [-1, 1]; our y is the class label, as in the other files
-    y + n, x        x + n, x          (B, C, H, W)   noisy image; in the sampler the state, s(t) (y + n)
-    sigma           sigma             (B, 1, 1, 1)   noise level (a plain number is taken too)
-    D(x; sigma)     D                 (B, C, H, W)   denoiser, E[y | y + n]; any function D(x, sigma, y) will do
-    F_theta         self.net          (B, C, H, W)   raw network inside D
-    lambda(sigma)   lambda_(sigma)    (B, 1, 1, 1)   weight of the loss
-    t_i, t-hat_i    t[i], t_hat[i]    ()             time steps of the sampler, t_N = 0 (N is `steps`); the same with churn's noise
-    u_j             u[j]              (M + 1,)       noise levels of the iDDPM column, falling to u_M = 0
+    paper           code             shape          meaning
+    y               x                (B, C, H, W)   clean image in [-1, 1]; our y is the class
+    y + n           x + n            (B, C, H, W)   noisy image
+    x               x                (B, C, H, W)   in the samplers the state, s(t) (y + n)
+    sigma           sigma            (B, 1, 1, 1)   noise level, or a plain number
+    D(x; sigma)     D                (B, C, H, W)   denoiser, E[y | y + n]
+    F_theta         self.net         (B, C, H, W)   raw network inside D
+    lambda(sigma)   lambda_(sigma)   (B, 1, 1, 1)   weight of the loss
+    t_i, t-hat_i    t[i], t_hat      ()             time steps, t_N = 0; with churn's noise
+    N               steps                           number of time steps
+    u_j             u[j]             (M + 1,)       noise levels of column iDDPM; u_M = 0
+                    planes           (B, k, H, W)   what the network sees beside c_in x
 
-`denoiser` makes D of any DDPM-type method, so that `ode_sample` and `ode_invert` serve all papers here. Where we differ from
-the authors' code: the loss is a mean over pixels, theirs a sum (only clipping notices); VP's sigma goes through expm1 and
-log1p; images are warped bilinearly, theirs with 2x oversampling by a sym6 wavelet, so ours are softer; the labels of the
-augmentation enter as nine constant planes beside the image, theirs through the embedding.
+`denoiser` makes D of any method, so that `ode_sample` and `ode_invert` serve all papers here.
+Where we differ from the authors' code: the loss is a mean over pixels, theirs a sum (only
+clipping notices); VP's sigma goes through expm1 and log1p; images are warped bilinearly, theirs
+with 2x oversampling by a sym6 wavelet, so ours are softer; the augmentation's labels enter as
+nine constant planes, theirs through the embedding. Half of their stretches lie exactly along x,
+and for the same label they stretch along -a_4; ours follow Table 6.
 """
 import math
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+Name = Literal["edm", "vp", "ve", "iddpm"]
 
 
-def vp_sigma(t, beta_d=19.9, beta_min=0.1):
-    return torch.expm1(beta_d * t ** 2 / 2 + beta_min * t).sqrt()                                       # Table 1, VP schedule
+# Table 1, a class for each column
+
+class Column(nn.Module):
+    """What a column of Table 1 does not say itself is as here."""
+
+    def sigma(self, t):
+        return t                                                        # Table 1, schedule
+
+    def t(self, sigma):
+        return sigma
+
+    def sigma_dot(self, t):
+        return torch.ones_like(t)
+
+    def loss_weight(self, sigma):
+        return 1 / sigma**2                                             # Table 1, weighting
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that a network of this column knows."""
+        return sigma
 
 
-def vp_sigma_inverse(sigma, beta_d=19.9, beta_min=0.1):
-    return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d          # Table 1, VP schedule
+class ColumnVP(Column):
+    """Variance preserving: DDPM in continuous time (Song et al. 2021)."""
+
+    M = 1000
+
+    def __init__(self, beta_d=19.9, beta_min=0.1):
+        super().__init__()
+        self.beta_d = beta_d
+        self.beta_min = beta_min
+        self.sampling_range = self.sigmas(1e-3, 1.0)
+        self.trained_range = self.sigmas(1e-5, 1.0)  # noise levels of training
+
+    def sigmas(self, *t):
+        return self.sigma(torch.tensor(t, dtype=torch.float64)).tolist()
+
+    def sigma(self, t):
+        exponent = self.beta_d * t**2 / 2 + self.beta_min * t
+        return torch.expm1(exponent).sqrt()                             # Table 1, VP schedule
+
+    def t(self, sigma):
+        root = (self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt()
+        return (root - self.beta_min) / self.beta_d                     # Table 1, VP schedule
+
+    def sigma_dot(self, t):
+        sigma = self.sigma(t)
+        return (self.beta_min + self.beta_d * t) * (sigma + 1 / sigma) / 2
+
+    def levels(self, i, sigma_min, sigma_max, rho):
+        t = 1 + i * (1e-3 - 1)                                          # Table 1, VP time steps
+        return vp_between(sigma_min, sigma_max).sigma(t)
+
+    def coefficients(self, sigma):
+        c_skip = torch.ones_like(sigma)                                 # Table 1, VP c_skip
+        c_out = -sigma                                                  # Table 1, VP c_out
+        c_in = 1 / (sigma**2 + 1).sqrt()                                # Table 1, VP c_in
+        c_noise = (self.M - 1) * self.t(sigma)                          # Table 1, VP c_noise
+        return c_skip, c_out, c_in, c_noise
+
+    def training_sigma(self, uniform, normal):
+        return self.sigma(1 + uniform * (1e-5 - 1))                     # Table 1, VP noise
+
+
+class ColumnVE(Column):
+    """Variance exploding: score matching with Langevin dynamics (Song et al. 2021)."""
+
+    sampling_range = (0.02, 100.0)
+    trained_range = (0.02, 100.0)
+
+    def sigma(self, t):
+        return t.sqrt()                                                 # Table 1, VE schedule
+
+    def t(self, sigma):
+        return sigma**2
+
+    def sigma_dot(self, t):
+        return 1 / (2 * t.sqrt())
+
+    def levels(self, i, sigma_min, sigma_max, rho):
+        return sigma_max * (sigma_min / sigma_max) ** i                 # Table 1, VE time steps
+
+    def coefficients(self, sigma):
+        one = torch.ones_like(sigma)
+        c_noise = (sigma / 2).log()                                     # Table 1, VE c_noise
+        return one, sigma, one, c_noise                                 # Table 1, VE c_out
+
+    def training_sigma(self, uniform, normal):
+        return 0.02 * (100 / 0.02) ** uniform                           # Table 1, VE noise
+
+
+class ColumnIDDPM(Column):
+    """Improved DDPM, whose network knows the M levels of its cosine schedule."""
+
+    M = 1000
+    sampling_range = (0.002, 81.0)
+
+    def __init__(self):
+        super().__init__()
+        u = iddpm_levels(self.M)                                        # (M + 1,)
+        self.trained_range = (u[-2].item(), u[0].item())
+        self.register_buffer("u", u, persistent=False)
+        self.numbers = u.tolist()
+
+    def levels(self, i, sigma_min, sigma_max, rho):
+        u = iddpm_levels(self.M)
+        u = u[(u >= sigma_min) & (u <= sigma_max)]  # leaves out the first j_0
+        if len(u) < 2:
+            between = f"between {sigma_min:g} and {sigma_max:g}"
+            raise ValueError(f"no two of the iddpm levels lie {between}")
+        return u[((len(u) - 1) * i).round().long()]                     # Table 1, iDDPM steps
+
+    def coefficients(self, sigma):
+        c_skip = torch.ones_like(sigma)                                 # Table 1, iDDPM c_skip
+        c_out = -sigma                                                  # Table 1, iDDPM c_out
+        c_in = 1 / (sigma**2 + 1).sqrt()                                # Table 1, iDDPM c_in
+        c_noise = self.M - 1 - nearest(self.u, sigma)                   # Table 1, iDDPM c_noise
+        return c_skip, c_out, c_in, c_noise
+
+    def training_sigma(self, uniform, normal):
+        return self.u[(uniform * self.M).long()]                        # Table 1, iDDPM noise
+
+    def round_sigma(self, sigma):
+        if torch.is_tensor(sigma):
+            return self.u[nearest(self.u, sigma)]
+        return min(self.numbers, key=lambda u: abs(u - sigma))
+
+
+class ColumnEDM(Column):
+    """The authors' own choices."""
+
+    sampling_range = (0.002, 80.0)
+    trained_range = (0.0, math.inf)
+
+    def __init__(self, sigma_data=0.5, P_mean=-1.2, P_std=1.2):
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.P_mean = P_mean
+        self.P_std = P_std
+
+    def levels(self, i, sigma_min, sigma_max, rho):
+        low = sigma_min ** (1 / rho)
+        high = sigma_max ** (1 / rho)
+        return (high + i * (low - high)) ** rho                         # Eq. 5
+
+    def coefficients(self, sigma):
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance                          # Table 1, EDM c_skip
+        c_out = sigma * self.sigma_data / variance.sqrt()               # Table 1, EDM c_out
+        c_in = 1 / variance.sqrt()                                      # Table 1, EDM c_in
+        c_noise = sigma.log() / 4                                       # Table 1, EDM c_noise
+        return c_skip, c_out, c_in, c_noise
+
+    def training_sigma(self, uniform, normal):
+        return (self.P_mean + self.P_std * normal).exp()                # Table 1, EDM noise
+
+    def loss_weight(self, sigma):
+        variance = sigma**2 + self.sigma_data**2
+        return variance / (sigma * self.sigma_data) ** 2                # Table 1, EDM weighting
+
+
+COLUMNS = {"edm": ColumnEDM, "vp": ColumnVP, "ve": ColumnVE, "iddpm": ColumnIDDPM}
+
+
+def vp_between(sigma_min, sigma_max, eps_s=1e-3):
+    """VP with sigma(eps_s) = sigma_min and sigma(1) = sigma_max, as only the code has it."""
+    low = math.log1p(sigma_min**2)
+    high = math.log1p(sigma_max**2)
+    beta_d = 2 * (low / eps_s - high) / (eps_s - 1)
+    return ColumnVP(beta_d, high - beta_d / 2)
 
 
 def iddpm_levels(M=1000, C_1=0.001, C_2=0.008):
     """u_0 > ... > u_M = 0, (M + 1,) float64: the noise levels of IDDPM's cosine schedule."""
+
     def alpha_bar(j):
-        return math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2                                         # Table 1, iDDPM
+        return math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2         # Table 1, iDDPM steps
+
     u = [0.0]
     for j in range(M, 0, -1):
-        u.append(((u[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1) ** 0.5)             # Table 1, iDDPM
+        ratio = max(alpha_bar(j - 1) / alpha_bar(j), C_1)
+        u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))               # Table 1, iDDPM steps
     return torch.tensor(u[::-1], dtype=torch.float64)
 
 
-# Lowest and highest noise level at which each column of Table 1 samples.
-RANGE = dict(edm=(0.002, 80.0), vp=vp_sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64)).tolist(), ve=(0.02, 100.0), iddpm=(0.002, 81.0))
-
+# Time steps
 
 def sigma_steps(N, discretization="edm", sigma_min=None, sigma_max=None, rho=7):
-    """Noise levels of N time steps, (N,) float64, falling from sigma_max to sigma_min, the final 0 not among them; Table 1.
+    """Noise levels of N time steps, (N,) float64, falling from sigma_max to sigma_min; Table 1.
 
-    ValueError for an empty range, for N < 2 and for rho <= 0.
+    The final 0 is not among them. ValueError for an empty range, for N < 2 and for rho <= 0.
     """
     sigma_min, sigma_max = noise_range(discretization, sigma_min, sigma_max)
     if N < 2 or not 0 < sigma_min < sigma_max < math.inf or not rho > 0:
-        raise ValueError(f"needs steps >= 2, rho > 0 and 0 < sigma_min < sigma_max; got {N}, {rho:g}, {sigma_min:g} and {sigma_max:g}")
+        raise ValueError(
+            "needs steps >= 2, rho > 0 and 0 < sigma_min < sigma_max; "
+            f"got {N}, {rho:g}, {sigma_min:g} and {sigma_max:g}"
+        )
     i = torch.arange(N, dtype=torch.float64) / (N - 1)
-    if discretization == "edm":
-        return (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho  # Eq. 5
-    if discretization == "vp":
-        return vp_sigma(1 + i * (1e-3 - 1), *vp_betas(sigma_min, sigma_max))                            # Table 1, VP
-    if discretization == "ve":
-        return sigma_max * (sigma_min / sigma_max) ** i                                                 # Table 1, VE: sqrt(t_i)
-    u = iddpm_levels()
-    u = u[(u >= sigma_min) & (u <= sigma_max)]                                                          # leaves out the first j_0
-    if len(u) < 2:
-        raise ValueError(f"no two of the iddpm levels lie between {sigma_min:g} and {sigma_max:g}")
-    return u[((len(u) - 1) * i).round().long()]                                                         # Table 1, iDDPM
+    return COLUMNS[discretization]().levels(i, sigma_min, sigma_max, rho)
 
 
-def vp_betas(sigma_min, sigma_max, eps_s=1e-3):
-    """beta_d and beta_min for which VP's sigma(eps_s) = sigma_min and sigma(1) = sigma_max (in the code only)."""
-    low, high = math.log1p(sigma_min ** 2), math.log1p(sigma_max ** 2)
-    beta_d = 2 * (low / eps_s - high) / (eps_s - 1)
-    return beta_d, high - beta_d / 2
-
-
-def noise_range(discretization, sigma_min, sigma_max, D=None):
-    """Lowest and highest noise level: those given or else the discretization's, narrowed to what D knows."""
-    low, high = RANGE[check("discretization", discretization, RANGE)]
-    low, high = low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+def noise_range(discretization, sigma_min=None, sigma_max=None, D=None):
+    """Lowest and highest noise level: those given, or the column's, within what D knows."""
+    check("discretization", discretization, COLUMNS)
+    low, high = COLUMNS[discretization]().sampling_range
+    if sigma_min is not None:
+        low = sigma_min
+    if sigma_max is not None:
+        high = sigma_max
     return max(low, getattr(D, "sigma_min", 0)), min(high, getattr(D, "sigma_max", math.inf))
 
 
-def schedule_and_scaling(schedule, scaling, beta_d, beta_min):
-    """sigma(t), its inverse and its derivative, s(t) and its derivative; Table 1."""
-    sigma, inverse, sigma_dot = {
-        "linear": (lambda t: t, lambda sigma: sigma, torch.ones_like),                                  # Table 1, EDM
-        "ve": (torch.sqrt, torch.square, lambda t: 1 / (2 * t.sqrt())),                                 # Table 1, VE
-        "vp": (lambda t: vp_sigma(t, beta_d, beta_min), lambda sigma: vp_sigma_inverse(sigma, beta_d, beta_min),
-               lambda t: (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t)) / 2),                      # Table 1, VP
-    }[check("schedule", schedule, ("linear", "vp", "ve"))]
-    s, s_dot = {
-        "none": (torch.ones_like, torch.zeros_like),                                                    # Table 1, EDM
-        "vp": (lambda t: 1 / (1 + sigma(t) ** 2).sqrt(), lambda t: -sigma(t) * sigma_dot(t) * s(t) ** 3),  # Table 1, VP
-    }[check("scaling", scaling, ("none", "vp"))]
-    return sigma, inverse, sigma_dot, s, s_dot
+def rounded(D, sigmas):
+    """Noise levels (N,) float64, on the CPU, each the nearest that D knows."""
+    if not hasattr(D, "round_sigma"):
+        return sigmas
+    known = [float(D.round_sigma(sigma)) for sigma in sigmas.tolist()]
+    return torch.tensor(known, dtype=torch.float64)
+
+
+class EDM(nn.Module):
+    """A preconditioned denoiser (Eq. 7), its loss (Eq. 8) and its sampler (Algorithm 2)."""
+
+    latent_config = {}
+
+    def __init__(
+        self,
+        make_net,
+        channels,
+        *,
+        precond: Name = "edm",  # column of c_skip, c_out, c_in and c_noise (Table 1)
+        p_train: Name | None = None,  # column of training's noise levels; default precond's
+        weight: Name | None = None,  # column of lambda(sigma); default that of precond
+        sigma_data: float = 0.5,  # standard deviation of the training images (Table 1)
+        P_mean: float = -1.2,  # mean of ln(sigma) in training; -1.2 in Table 1
+        P_std: float = 1.2,  # standard deviation of ln(sigma) in training (Table 1)
+        augment: float = 0.0,  # probability of each geometric augmentation, mirroring too
+    ):
+        super().__init__()
+
+        def column(name):
+            check("column", name, COLUMNS)
+            return ColumnEDM(sigma_data, P_mean, P_std) if name == "edm" else COLUMNS[name]()
+
+        self.precond = column(precond)
+        self.p_train = column(p_train or precond)
+        self.weight = column(weight or precond)
+        self.augment = augment
+        self.net = make_net(channels + 9 if augment else channels, channels)
+        self.sigma_min, self.sigma_max = self.precond.trained_range
+
+    # Preconditioning
+
+    def coefficients(self, sigma):
+        """c_skip, c_out, c_in and c_noise, float64, each in the shape of sigma; Table 1."""
+        sigma = torch.as_tensor(sigma)
+        return self.precond.coefficients(sigma.to(double(sigma.device)))
+
+    def D(self, x, sigma, y=None, planes=None):
+        """Denoised images (B, C, H, W), in x's type; the network runs in its own.
+
+        planes (B, k, H, W) are what it sees beside the image, by default those of sampling.
+        """
+        sigma = per_image(sigma, x)                                     # (B, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        x_in = (c_in * x).to(next(self.parameters(), x).dtype)
+        if planes is None:
+            planes = self.planes(x)
+        if planes is not None:
+            x_in = torch.cat([x_in, planes.to(x_in.dtype)], dim=1)      # (B, C + k, H, W)
+        F_x = self.net(x_in, c_noise.flatten().float(), y)              # (B, C, H, W)
+        return (c_skip * x + c_out * F_x).to(x.dtype)                   # Eq. 7
+
+    def forward(self, x, sigma, y=None):
+        return self.D(x, sigma, y)
+
+    def planes(self, x):
+        """What the network sees beside images (B, C, H, W) in sampling: labels 0; App. F.2."""
+        return x.new_zeros(len(x), 9, *x.shape[2:]) if self.augment else None
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that the network knows."""
+        return self.precond.round_sigma(sigma)
+
+    # Training
+
+    def loss(self, x, y=None):
+        """E lambda(sigma) ||D(x + n; sigma) - x||^2 of images in [-1, 1]; Eq. 2 and Eq. 8."""
+        if not self.augment:
+            return self.weighted_error(x, y)
+        x, labels = augment(x, self.augment)
+        planes = labels[:, :, None, None].expand(-1, -1, *x.shape[2:])  # (B, 9, H, W)
+        return self.weighted_error(x, y, planes)
+
+    def weighted_error(self, x, y=None, planes=None):
+        """The loss, as a mean over pixels."""
+        sigma = self.draw_sigma(len(x), x.device)                       # (B, 1, 1, 1)
+        n = sigma.to(x.dtype) * torch.randn_like(x)
+        error = (self.D(x + n, sigma, y, planes) - x).square()          # Eq. 2
+        return (self.lambda_(sigma).to(x.dtype) * error).mean()         # Eq. 8
+
+    def draw_sigma(self, B, device="cpu"):
+        """Noise levels to train at, (B, 1, 1, 1); Table 1."""
+        shape = {"size": (B, 1, 1, 1), "dtype": double(device), "device": device}
+        return self.p_train.training_sigma(torch.rand(**shape), torch.randn(**shape))
+
+    def lambda_(self, sigma):
+        return self.weight.loss_weight(sigma)
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise,
+        y=None,
+        *,
+        steps: int = 18,  # N, time steps; the network is evaluated 2N - 1 times
+        S_churn: float = 0.0,  # fresh noise; 0 is deterministic (Table 5)
+        S_tmin: float = 0.0,  # churn from this noise level (Table 5)
+        S_tmax: float = math.inf,  # churn up to this noise level (Table 5)
+        S_noise: float = 1.0,  # inflation of the fresh noise (Table 5)
+        sigma_min: float | None = None,  # lowest noise level; default 0.002
+        sigma_max: float | None = None,  # highest noise level; default 80
+        rho: float = 7.0,  # larger spends more of the steps near sigma_min (Eq. 5)
+        randn_like=torch.randn_like,
+        planes=None,
+    ):
+        """From unit-variance noise (B, C, H, W) to images, yielding (x, denoised) each step.
+
+        ValueError for options that cannot be.
+        """
+        check_churn(S_churn, S_tmin, S_noise)
+        N = steps
+        sigma_min, sigma_max = noise_range("edm", sigma_min, sigma_max, self)
+        t = rounded(self, sigma_steps(N, "edm", sigma_min, sigma_max, rho)).tolist() + [0.0]
+        x = t[0] * noise.to(double(noise.device))                       # Algorithm 2, line 2
+        for i in range(N):                                              # Algorithm 2, line 3
+            churned = S_tmin <= t[i] <= S_tmax
+            gamma = min(S_churn / N, 2**0.5 - 1) if churned else 0.0    # Algorithm 2, gamma_i
+            eps = S_noise * randn_like(x)                               # Algorithm 2, line 4
+            t_hat = self.round_sigma(t[i] + gamma * t[i])               # Algorithm 2, line 5
+            x_hat = x + (t_hat**2 - t[i] ** 2) ** 0.5 * eps             # Algorithm 2, line 6
+            denoised = self.D(x_hat, t_hat, y, planes)
+            d = (x_hat - denoised) / t_hat                              # Algorithm 2, line 7
+            x = x_hat + (t[i + 1] - t_hat) * d                          # Algorithm 2, line 8
+            if t[i + 1] != 0:                                           # Algorithm 2, line 9
+                denoised_prime = self.D(x, t[i + 1], y, planes)
+                d_prime = (x - denoised_prime) / t[i + 1]               # Algorithm 2, line 10
+                x = x_hat + (t[i + 1] - t_hat) * (d + d_prime) / 2      # Algorithm 2, line 11
+            yield x.to(noise.dtype), denoised.to(noise.dtype)
+
+
+# The general solver
+
+class Path:
+    """x(t) = s(t) (y + n), n of level sigma(t): Table 1's schedule and scaling."""
+
+    def __init__(self, schedule, scaling, sigma_min, sigma_max):
+        check("schedule", schedule, ("linear", "vp", "ve"))
+        check("scaling", scaling, ("none", "vp"))
+        columns = {"linear": Column(), "vp": vp_between(sigma_min, sigma_max), "ve": ColumnVE()}
+        self.schedule = columns[schedule]
+        self.scaling = scaling
+
+    def sigma(self, t):
+        return self.schedule.sigma(t)
+
+    def s(self, t):
+        if self.scaling == "none":
+            return torch.ones_like(t)                                   # Table 1, scaling
+        return 1 / (1 + self.sigma(t) ** 2).sqrt()                      # Table 1, VP scaling
+
+    def s_dot(self, t):
+        if self.scaling == "none":
+            return torch.zeros_like(t)
+        return -self.sigma(t) * self.schedule.sigma_dot(t) * self.s(t) ** 3
+
+    def dx_dt(self, D, x, t, y):
+        """Slope of the ODE at x (B, C, H, W) and time t (), and the denoised images; Eq. 4."""
+        sigma = self.sigma(t)
+        s = self.s(t)
+        sigma_dot = self.schedule.sigma_dot(t)
+        denoised = D(x / s.item(), per_image(sigma, x), y).to(x.dtype)
+        of_x = (sigma_dot / sigma + self.s_dot(t) / s).item()           # Eq. 4
+        of_D = (sigma_dot * s / sigma).item()                           # Eq. 4
+        return of_x * x - of_D * denoised, denoised                     # Eq. 4
 
 
 @torch.no_grad()
-def ode_sample(D, noise, y=None, *,
-               steps: int = 18,               # N, time steps; Heun evaluates the network 2N - 1 times, Euler N times
-               solver: Literal["heun", "euler"] = "heun",  # heun corrects each step once (Algorithm 1), euler does not
-               discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm",  # where the noise levels lie (Table 1, time steps)
-               schedule: Literal["linear", "vp", "ve"] = "linear",  # sigma(t) (Table 1)
-               scaling: Literal["none", "vp"] = "none",  # s(t) (Table 1)
-               alpha: float = 1.0,            # Heun's second evaluation, at t + alpha h: 1 Heun, 2/3 Ralston, 1/2 midpoint (Algorithm 3)
-               S_churn: float = 0.0,          # fresh noise; 0 is deterministic (Algorithm 2, Table 5)
-               S_tmin: float = 0.0,           # churn from this noise level (Table 5)
-               S_tmax: float = math.inf,      # churn up to this noise level (Table 5)
-               S_noise: float = 1.0,          # inflation of the fresh noise (Table 5)
-               sigma_min: float | None = None,  # lowest noise level; default the discretization's, never below the network's
-               sigma_max: float | None = None,  # highest noise level; default the discretization's, never above the network's
-               rho: float = 7.0,              # larger spends more of the edm steps near sigma_min (Eq. 5)
-               randn_like=torch.randn_like):
-    """From unit-variance noise (B, C, H, W) to images, yielding (x, denoised) after each step: Algorithms 1, 2 and 3 in one.
+def ode_sample(
+    D,
+    noise,
+    y=None,
+    *,
+    steps: int = 18,  # N, time steps; Heun evaluates the network 2N - 1 times, Euler N times
+    solver: Literal["heun", "euler"] = "heun",  # heun corrects each step once (Algorithm 1)
+    discretization: Name = "edm",  # where the noise levels lie (Table 1, time steps)
+    schedule: Literal["linear", "vp", "ve"] = "linear",  # sigma(t) (Table 1)
+    scaling: Literal["none", "vp"] = "none",  # s(t) (Table 1)
+    alpha: float = 1.0,  # second evaluation at t + alpha h: 1 Heun, 1/2 midpoint (Algorithm 3)
+    S_churn: float = 0.0,  # fresh noise; 0 is deterministic (Algorithm 2, Table 5)
+    S_tmin: float = 0.0,  # churn from this noise level (Table 5)
+    S_tmax: float = math.inf,  # churn up to this noise level (Table 5)
+    S_noise: float = 1.0,  # inflation of the fresh noise (Table 5)
+    sigma_min: float | None = None,  # lowest noise level; default the discretization's
+    sigma_max: float | None = None,  # highest noise level; default the discretization's
+    rho: float = 7.0,  # larger spends more of the edm steps near sigma_min (Eq. 5)
+    randn_like=torch.randn_like,
+):
+    """From unit-variance noise (B, C, H, W) to images, yielding (x, denoised) after each step.
 
-    By default sigma(t) = t and s(t) = 1, which makes it Algorithm 2. D(x, sigma, y) gets x in float64 where the device has it and may have sigma_min,
-    sigma_max and round_sigma. One randn_like a step, used or not; the last step is Euler's, as in the authors' code. ValueError for options that cannot be.
+    Algorithm 3, of which Algorithm 1 is alpha = 1, with the churn of Algorithm 2, which is what
+    the defaults make of it. D(x, sigma, y) gets x in float64 where the device has it, and sigma
+    (B, 1, 1, 1); it may have sigma_min, sigma_max and round_sigma. One randn_like a step, used
+    or not; the last step is Euler's. ValueError for options that cannot be.
     """
     check("solver", solver, ("heun", "euler"))
-    if min(S_churn, S_tmin, S_noise) < 0:
-        raise ValueError(f"S_churn, S_tmin and S_noise must be 0 or more, got {S_churn:g}, {S_tmin:g} and {S_noise:g}")
+    check_churn(S_churn, S_tmin, S_noise)
     sigma_min, sigma_max = noise_range(discretization, sigma_min, sigma_max, D)
+    path = Path(schedule, scaling, sigma_min, sigma_max)
     sigmas = rounded(D, sigma_steps(steps, discretization, sigma_min, sigma_max, rho))
-    sigma, sigma_inverse, sigma_dot, s, s_dot = schedule_and_scaling(schedule, scaling, *vp_betas(sigma_min, sigma_max))
-    t = torch.cat([sigma_inverse(sigmas), sigmas.new_zeros(1)])                                         # t_N = 0
-    gamma = ((S_tmin <= sigmas) & (sigmas <= S_tmax)).to(sigmas) * min(S_churn / steps, 2 ** 0.5 - 1)   # Algorithm 2, gamma_i
-    t_hat = torch.where(gamma > 0, sigma_inverse(rounded(D, (1 + gamma) * sigmas)), t[:-1])             # Algorithm 2, line 5
-    t_prime = t_hat + alpha * (t[1:] - t_hat)                                                           # Algorithm 3
-    if not alpha > 0 or solver == "heun" and not ((t_prime > 0) & (sigma(t_prime) > 0))[:-1].all():
-        raise ValueError(f"alpha must be above 0 and never step past noise level 0, got {alpha:g} for {steps} steps")
-
-    def dx_dt(x, t):
-        denoised = D(x / s(t).item(), level(sigma(t), x), y).to(x.dtype)
-        slope = (sigma_dot(t) / sigma(t) + s_dot(t) / s(t)).item() * x - (sigma_dot(t) * s(t) / sigma(t)).item() * denoised  # Eq. 4
-        return slope, denoised
-
-    x = (sigma(t[0]) * s(t[0])).item() * noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)  # Algorithm 2, line 2
-    for i in range(steps):                                                                              # Algorithm 2, line 3
-        eps = S_noise * randn_like(x)                                                                   # Algorithm 2, line 4
-        sigma_added = (sigma(t_hat[i]) ** 2 - sigmas[i] ** 2).clamp(min=0).sqrt()
-        x_hat = (s(t_hat[i]) / s(t[i])).item() * x + (s(t_hat[i]) * sigma_added).item() * eps           # Algorithm 2, line 6
-        d, denoised = dx_dt(x_hat, t_hat[i])                                                            # Algorithm 2, line 7
+    t = torch.cat([path.schedule.t(sigmas), sigmas.new_zeros(1)])       # (N + 1,), t_N = 0
+    churned = (S_tmin <= sigmas) & (sigmas <= S_tmax)
+    gamma = churned.to(sigmas) * min(S_churn / steps, 2**0.5 - 1)       # (N,)
+    sigma_hat = rounded(D, (1 + gamma) * sigmas)
+    t_hat = torch.where(gamma > 0, path.schedule.t(sigma_hat), t[:-1])  # (N,)
+    t_prime = t_hat + alpha * (t[1:] - t_hat)                           # Algorithm 3
+    check_times(path, t_hat, t_prime[:-1] if solver == "heun" else t_hat, alpha)
+    x = (path.sigma(t[0]) * path.s(t[0])).item() * noise.to(double(noise.device))
+    for i in range(steps):
+        eps = S_noise * randn_like(x)
+        grown = (path.s(t_hat[i]) / path.s(t[i])).item()
+        added = (path.sigma(t_hat[i]) ** 2 - sigmas[i] ** 2).clamp(min=0).sqrt()
+        x_hat = grown * x + (path.s(t_hat[i]) * added).item() * eps
+        d, denoised = path.dx_dt(D, x_hat, t_hat[i], y)
         h = (t[i + 1] - t_hat[i]).item()
-        x = x_hat + h * d                                                                               # Algorithm 2, line 8
-        if t[i + 1] != 0 and solver == "heun":                                                          # Algorithm 2, line 9
-            d_prime, _ = dx_dt(x_hat + alpha * h * d, t_prime[i])                                       # Algorithm 2, line 10; 3
-            x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)                     # Algorithm 2, line 11; 3
+        x = x_hat + h * d                                               # Algorithm 1
+        if t[i + 1] != 0 and solver == "heun":
+            d_prime, _ = path.dx_dt(D, x_hat + alpha * h * d, t_prime[i], y)  # Algorithm 3
+            weight = 1 / (2 * alpha)
+            x = x_hat + h * ((1 - weight) * d + weight * d_prime)       # Algorithm 3
         yield x.to(noise.dtype), denoised.to(noise.dtype)
+
+
+def check_churn(S_churn, S_tmin, S_noise):
+    if min(S_churn, S_tmin, S_noise) < 0:
+        raise ValueError(
+            "S_churn, S_tmin and S_noise must be 0 or more, "
+            f"got {S_churn:g}, {S_tmin:g} and {S_noise:g}"
+        )
+
+
+def check_times(path, t_hat, t_prime, alpha):
+    """ValueError where churn or alpha leads to a time at which the path has no noise level."""
+    if not path.sigma(t_hat).isfinite().all():
+        raise ValueError(
+            "S_churn would raise the noise above what the vp schedule reaches between this "
+            "sigma_min and sigma_max: lower S_churn or sigma_min, or take another schedule"
+        )
+    if not alpha > 0 or not ((t_prime > 0) & (path.sigma(t_prime) > 0)).all():
+        raise ValueError(
+            "alpha must be above 0 and never step past noise level 0, "
+            f"got {alpha:g} for these steps"
+        )
 
 
 @torch.no_grad()
 def ode_invert(D, x_0, y=None, *, steps=18, rho=3, sigma_min=None, sigma_max=None):
-    """The unit-variance latent from which `ode_sample`, with the same steps and rho, returns the images x_0; Sec. 4, App. D.1."""
-    def dx_dt(x, t):
-        return (x - D(x, level(t, x), y)) / t.item()                                                    # Eqs. 1 and 3
-    t = rounded(D, sigma_steps(steps, "edm", *noise_range("edm", sigma_min, sigma_max, D), rho)).flip(0)
-    x = x_0.to(torch.float32 if x_0.device.type == "mps" else torch.float64)
+    """The unit-variance latent of images x_0, both (B, C, H, W); Sec. 4, App. D.1.
+
+    From it `ode_sample` with the same steps and rho returns the images.
+    """
+    sigma_min, sigma_max = noise_range("edm", sigma_min, sigma_max, D)
+    t = rounded(D, sigma_steps(steps, "edm", sigma_min, sigma_max, rho)).flip(0).tolist()
+    x = x_0.to(double(x_0.device))
     for i in range(steps - 1):
-        h, d = (t[i + 1] - t[i]).item(), dx_dt(x, t[i])
-        x = x + h * (d + dx_dt(x + h * d, t[i + 1])) / 2                                                # Algorithm 1, upwards
-    return (x / t[-1].item()).to(x_0.dtype)
+        h = t[i + 1] - t[i]
+        d = (x - D(x, per_image(t[i], x), y)) / t[i]                    # Eq. 1, Eq. 3
+        x_next = x + h * d
+        d_prime = (x_next - D(x_next, per_image(t[i + 1], x), y)) / t[i + 1]  # Eq. 1, Eq. 3
+        x = x + h * (d + d_prime) / 2                                   # Algorithm 1, upwards
+    return (x / t[-1]).to(x_0.dtype)
 
 
-class EDM(nn.Module):
-    """A preconditioned denoiser (Eq. 7), its loss (Eq. 8) and its sampler (Algorithm 2). It is its own D."""
-    def __init__(self, make_net, channels, *,
-                 precond: Literal["edm", "vp", "ve", "iddpm"] = "edm",  # c_skip, c_out, c_in and c_noise of this column (Table 1)
-                 p_train: Literal["edm", "vp", "ve", "iddpm"] | None = None,  # noise levels of training; default the column of precond
-                 weight: Literal["edm", "vp", "ve", "iddpm"] | None = None,  # lambda(sigma); default the column of precond
-                 sigma_data: float = 0.5,    # standard deviation of the training images (Table 1)
-                 P_mean: float = -1.2,       # mean of ln(sigma) in training; -1.2 in Table 1
-                 P_std: float = 1.2,         # standard deviation of ln(sigma) in training (Table 1)
-                 augment: float = 0.0):      # probability of each geometric augmentation (Table 6), mirroring included
-        super().__init__()
-        self.precond, self.p_train, self.weight = (check("column", c, RANGE) for c in (precond, p_train or precond, weight or precond))
-        self.sigma_data, self.P_mean, self.P_std, self.augment = sigma_data, P_mean, P_std, augment
-        self.net = make_net(channels + 9 if augment else channels, channels)
-        self.register_buffer("u", iddpm_levels(), persistent=False)
-        self.sigma_min, self.sigma_max = dict(edm=(0.0, math.inf), vp=vp_sigma(self.u.new_tensor([1e-5, 1])).tolist(),
-                                              ve=RANGE["ve"], iddpm=self.u[[-2, 0]].tolist())[self.precond]
-
-    def coefficients(self, sigma):
-        """c_skip, c_out, c_in and c_noise, each in the shape of sigma, float64 also for a plain number; Table 1."""
-        sigma, sigma_data, M = torch.as_tensor(sigma, dtype=self.u.dtype, device=self.u.device), self.sigma_data, len(self.u) - 1
-        one = torch.ones_like(sigma)
-        if self.precond == "edm":
-            c_skip = sigma_data ** 2 / (sigma ** 2 + sigma_data ** 2)                                   # Table 1, EDM c_skip
-            c_out = sigma * sigma_data / (sigma ** 2 + sigma_data ** 2).sqrt()                          # Table 1, EDM c_out
-            c_in = 1 / (sigma ** 2 + sigma_data ** 2).sqrt()                                            # Table 1, EDM c_in
-            return c_skip, c_out, c_in, sigma.log() / 4                                                 # Table 1, EDM c_noise
-        if self.precond == "ve":
-            return one, sigma, one, (sigma / 2).log()                                                   # Table 1, VE
-        c_in = 1 / (sigma ** 2 + 1).sqrt()                                                              # Table 1, VP and iDDPM
-        if self.precond == "vp":
-            return one, -sigma, c_in, (M - 1) * vp_sigma_inverse(sigma)                                 # Table 1, VP
-        return one, -sigma, c_in, M - 1 - nearest(self.u, sigma)                                        # Table 1, iDDPM
-
-    def D(self, x, sigma, y=None, labels=None):
-        """Denoised images (B, C, H, W), in x's type; the network runs in its own. labels (B, 9) are those of `augment`."""
-        c_skip, c_out, c_in, c_noise = (c.to(x.dtype).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1) for c in self.coefficients(sigma))
-        x_in = (c_in * x).to(next(self.parameters(), x).dtype)
-        if self.augment:
-            labels = x_in.new_zeros(len(x), 9) if labels is None else labels                            # App. F.2: 0 in sampling
-            x_in = torch.cat([x_in, labels[:, :, None, None].expand(-1, -1, *x.shape[2:])], dim=1)      # (B, C + 9, H, W)
-        return (c_skip * x + c_out * self.net(x_in, c_noise.flatten().float(), y)).to(x.dtype)          # Eq. 7
-
-    forward, sample = D, ode_sample          # an EDM is its own D
-
-    def round_sigma(self, sigma):
-        """The nearest noise level that the network knows."""
-        return self.u[nearest(self.u, sigma)] if self.precond == "iddpm" else sigma
-
-    def loss(self, x, y=None):
-        """E lambda(sigma) ||D(x + n; sigma) - x||^2 over images in [-1, 1], as a mean over pixels; Eqs. 2 and 8."""
-        x, labels = augment(x, self.augment) if self.augment else (x, None)
-        sigma = self.draw_sigma(len(x))
-        n = sigma.to(x.dtype) * torch.randn_like(x)
-        return (self.lambda_(sigma).to(x.dtype) * (self.D(x + n, sigma, y, labels) - x).square()).mean()  # Eq. 8
-
-    def draw_sigma(self, B):
-        """Noise levels to train at, (B, 1, 1, 1); Table 1, noise distribution."""
-        uniform, normal = (draw((B, 1, 1, 1), dtype=self.u.dtype, device=self.u.device) for draw in (torch.rand, torch.randn))
-        if self.p_train == "edm":
-            return (self.P_mean + self.P_std * normal).exp()                                            # Table 1, EDM
-        if self.p_train == "vp":
-            return vp_sigma(1 + uniform * (1e-5 - 1))                                                   # Table 1, VP
-        if self.p_train == "ve":
-            return 0.02 * (100 / 0.02) ** uniform                                                       # Table 1, VE
-        return self.u[(uniform * (len(self.u) - 1)).long()]                                             # Table 1, iDDPM
-
-    def lambda_(self, sigma):
-        if self.weight == "edm":
-            return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2                 # Table 1, EDM
-        return 1 / sigma ** 2                                                                           # Table 1, the others
-
+# Any method as a denoiser
 
 def denoiser(method):
-    """D(x, sigma, y), with sigma_min, sigma_max and round_sigma, of an EDM or of any method with `alpha_bar` and `predict`."""
-    return method if isinstance(method, EDM) else FromDDPM(method)
+    """D(x, sigma, y), with sigma_min, sigma_max and round_sigma, of any method.
+
+    It has a D of its own, or else `alpha_bar` and `predict` (Table 1, App. C.3).
+    """
+    return OwnDenoiser(method) if hasattr(method, "D") else StepDenoiser(method)
 
 
-class FromDDPM:
-    """A network trained at steps t knows the noise levels sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t); Table 1, App. C.3."""
+class OwnDenoiser:
+    """D of a method that has one."""
+
     def __init__(self, method):
-        alpha_bar = method.alpha_bar[1:]
-        self.method, self.sigma = method, ((1 - alpha_bar) / alpha_bar).sqrt()                          # App. C.3, (T,)
-        self.sigma_min, self.sigma_max = self.sigma[[0, -1]].tolist()
+        self.method = method
+        self.sigma_min = method.sigma_min
+        self.sigma_max = method.sigma_max
 
     def round_sigma(self, sigma):
-        return self.sigma[nearest(self.sigma, sigma)]
+        return self.method.round_sigma(sigma)
 
     def __call__(self, x, sigma, y=None):
-        """x_0_hat (B, C, H, W), not clipped, in x's type, at the known level nearest to sigma."""
-        t = 1 + nearest(self.sigma, sigma).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
-        x_t = self.method.alpha_bar[t].sqrt() * x                                                       # Table 1, VP scaling
-        return self.method.predict(x_t.to(next(self.method.parameters(), x).dtype), t, y).to(x.dtype)
+        return self.method.D(x, sigma, y)
 
+
+class StepDenoiser:
+    """D of a network trained at steps t; it knows the noise levels of these; App. C.3."""
+
+    def __init__(self, method):
+        alpha_bar = method.alpha_bar[1:]
+        self.method = method
+        self.sigma = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) App. C.3
+        self.numbers = self.sigma.tolist()
+        self.sigma_min = self.numbers[0]
+        self.sigma_max = self.numbers[-1]
+
+    def round_sigma(self, sigma):
+        if torch.is_tensor(sigma):
+            return self.sigma[nearest(self.sigma, sigma)]
+        return min(self.numbers, key=lambda known: abs(known - sigma))
+
+    def __call__(self, x, sigma, y=None):
+        """x_0_hat (B, C, H, W), not clipped, in x's type, at the nearest known level."""
+        t = 1 + nearest(self.sigma, per_image(sigma, x))                # (B, 1, 1, 1)
+        x_t = self.method.alpha_bar[t].sqrt() * x                       # Table 1, VP scaling
+        x_t = x_t.to(next(self.method.parameters(), x).dtype)
+        return self.method.predict(x_t, t, y).to(x.dtype)
+
+
+# Augmentation
 
 def augment(x, p):
-    """Images (B, C, H, W) warped at random and what was done to each, (B, 9), all 0 for nothing; Table 6, App. F.2."""
-    def scale(a, b):
-        return torch.stack([a, b], dim=1).diag_embed()                                                  # (B, 2, 2)
-    def rotation(angle):
-        return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))  # (B, 2, 2)
+    """Images (B, C, H, W) warped at random, each transform with probability p; App. F.2.
 
+    Also the labels (B, 9) that say what was done to each, all 0 for nothing; Table 6.
+    """
     B, _, H, W = x.shape
-    uniform, normal = torch.rand(B, 12, device=x.device), torch.randn(B, 4, device=x.device)
-    on = (uniform[:, :6] < x.new_tensor([1, p, p, p, p, p], dtype=torch.float32)).float().unbind(1)     # Table 6, enabled with
-    flip_x, flip_y = (on[k] * (uniform[:, 6 + k] < 0.5) for k in (0, 1))                                # Table 6, a_0 and a_1
-    octaves, angle = on[2] * normal[:, 0], on[3] * math.pi * (2 * uniform[:, 8] - 1)                    # Table 6, a_2 and a_3
-    axis, stretch = on[4] * math.pi * (2 * uniform[:, 9] - 1), on[4] * normal[:, 1]                     # Table 6, a_4 and a_5
-    move_x, move_y = on[5] * normal[:, 2], on[5] * normal[:, 3]                                         # Table 6, a_6 and a_7
-    back = scale(1 - 2 * flip_x, 1 - 2 * flip_y) @ scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves)) @ rotation(angle)
-    back = back @ rotation(axis) @ scale(2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)) @ rotation(-axis) # from warped pixel to source
-    half = x.new_tensor([[W / 2, H / 2]], dtype=torch.float32)
-    back = back * half[:, None] / half[:, :, None]                                                      # in units of half the image
-    shift = torch.stack([move_x, move_y], dim=1)[:, :, None] / 4                                        # 1/8 of the size
-    grid = nn.functional.affine_grid(torch.cat([back, -back @ shift], dim=2), [B, 1, H, W], align_corners=False)    # (B, H, W, 2)
-    labels = [flip_x, flip_y, octaves, angle.cos() - 1, angle.sin(), stretch * axis.cos(), stretch * axis.sin(), move_x, move_y]
-    return nn.functional.grid_sample(x, grid.to(x.dtype), padding_mode="reflection", align_corners=False), torch.stack(labels, dim=1)
+    # Matrix products in bf16 would move the pixels of a large image by half of one
+    with torch.autocast(x.device.type, enabled=False):
+        labels, back, shift = draw_warp(B, p, x.device)
+        half = x.new_tensor([[W / 2, H / 2]], dtype=torch.float32)
+        back = back * half[:, None] / half[:, :, None]  # in units of half the image
+        theta = torch.cat([back, -back @ shift], dim=2)                 # (B, 2, 3)
+        grid = F.affine_grid(theta, [B, 1, H, W], align_corners=False)  # (B, H, W, 2)
+        grid = grid.to(x.dtype)
+        warped = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    return warped, labels
 
+
+def draw_warp(B, p, device):
+    """Labels (B, 9), the matrix (B, 2, 2) from a warped pixel to its source, and the shift."""
+    uniform = torch.rand(B, 12, device=device)
+    normal = torch.randn(B, 4, device=device)
+    on = (uniform[:, :6] < p).float()                                   # Table 6, enabled with
+    flip_x = (uniform[:, 6] < 0.5).float()                              # Table 6, a_0
+    flip_y = on[:, 1] * (uniform[:, 7] < 0.5)                           # Table 6, a_1
+    octaves = on[:, 2] * normal[:, 0]                                   # Table 6, a_2
+    angle = on[:, 3] * math.pi * (2 * uniform[:, 8] - 1)                # Table 6, a_3
+    axis = on[:, 4] * math.pi * (2 * uniform[:, 9] - 1)                 # Table 6, a_4
+    stretch = on[:, 4] * normal[:, 1]                                   # Table 6, a_5
+    move_x = on[:, 5] * normal[:, 2]                                    # Table 6, a_6
+    move_y = on[:, 5] * normal[:, 3]                                    # Table 6, a_7
+
+    back = scale(1 - 2 * flip_x, 1 - 2 * flip_y)
+    back = back @ scale(2 ** (-0.2 * octaves), 2 ** (-0.2 * octaves))
+    back = back @ rotation(angle)
+    back = back @ rotation(axis)
+    back = back @ scale(2 ** (-0.2 * stretch), 2 ** (0.2 * stretch))
+    back = back @ rotation(-axis)                                       # (B, 2, 2)
+    shift = torch.stack([move_x, move_y], dim=1)[:, :, None] / 4  # 1/8 of the size
+    labels = [flip_x, flip_y, octaves, angle.cos() - 1, angle.sin()]
+    labels += [stretch * axis.cos(), stretch * axis.sin(), move_x, move_y]
+    return torch.stack(labels, dim=1), back, shift
+
+
+def scale(a, b):
+    """(B,) and (B,) -> (B, 2, 2)."""
+    return torch.stack([a, b], dim=1).diag_embed()
+
+
+def rotation(angle):
+    """(B,) -> (B, 2, 2)."""
+    rows = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
+    return torch.stack(rows, dim=1).unflatten(1, (2, 2))
+
+
+# Helpers
 
 def nearest(levels, sigma):
-    return (levels - torch.as_tensor(sigma).to(levels)[..., None]).abs().argmin(-1)
+    """Index of the level nearest to sigma, in the shape of sigma."""
+    return (levels - sigma.to(levels)[..., None]).abs().argmin(-1)
 
 
-def rounded(D, sigma):
-    return D.round_sigma(sigma).cpu().double() if hasattr(D, "round_sigma") else sigma
+def per_image(sigma, x):
+    """The noise level sigma, a number or a tensor, for each image of x: (B, 1, 1, 1)."""
+    if torch.is_tensor(sigma) and sigma.ndim > 0:
+        return sigma.reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+    return torch.full((len(x), 1, 1, 1), float(sigma), dtype=double(x.device), device=x.device)
 
 
-def level(sigma, x):
-    return torch.full((len(x), 1, 1, 1), sigma.item(), dtype=x.dtype, device=x.device)
+def double(device):
+    """float64 where the device has it."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def check(what, value, options):
     if value not in options:
         raise ValueError(f"{what} must be one of {', '.join(options)}, got {value!r}")
-    return value

@@ -1,104 +1,194 @@
-"""Patch Diffusion: Faster and More Data-Efficient Training of Diffusion Models.  Wang et al., 2023.  arXiv:2304.12526
+"""Patch Diffusion: Faster and More Data-Efficient Training of Diffusion Models.
+Wang et al., 2023.  arXiv:2304.12526
 
-EDM trained on random crops of random size, where two more input channels say where in the image each pixel lies. Crops are
-cheaper than images, and there are more of them. That is training only: a sample is drawn whole, from the coordinates of the
-whole image, by EDM's sampler. A network that has seen one size of crop alone makes pictures of that coherence, so sizes are
+EDM trained on random crops of random size, where two more input channels say where in the image
+each pixel lies. Crops are cheaper than images, and there are more of them. That is training
+only: a sample is drawn whole, from the coordinates of the whole image, by EDM's sampler. A
+network that has seen one size of crop alone makes pictures of that coherence, so sizes are
 mixed; the large ones teach how far regions belong together. Notation as in edm.py, and
 
-    paper           code              shape            meaning
-    R               R                                  image size, the smaller side where it is not square
-    s               size                               crop size: R, R/2 or R/4; R/s times as many images a step
-    p               p_full                             share of the steps that see whole images
-    x~              crop              (B, C, h, w)     the window of the image, its corner (i, j) drawn evenly
-    u(k)            coords            (B, 2, h, w)     where each pixel lies, x then y, in [-1, 1] of the whole image
+    paper   code     shape          meaning
+    R       R                       image size, the smaller side where it is not square
+    s       s                       crop size: R, R/2 or R/4; R/s times as many images a step
+    p       p_full                  share of the steps that see whole images
+    x~      crop     (B, C, h, w)   window of the image, its corner (i, j) drawn evenly
+    u(k)    coords   (B, 2, h, w)   where each pixel lies in the image: x, then y, in [-1, 1]
 
-This is not PDM (Luhman 2022), which folds pixels into channels. Where we differ from the authors' code: R/s times as many
-images at size s for every R (their table lacks 28, 32, 48 and 96); EDM's 18 steps, theirs 50; the loss is a mean over pixels,
-so that all sizes weigh alike, theirs a sum, in which a quarter crop weighs 1/16 of an image.
+This is not PDM (Luhman 2022), which folds pixels into channels.
+Where we differ from the authors' code: R/s times as many images at size s for every R (their
+table lacks crops of 4 and 8 and R = 28, 32, 48 and 96; it has 4 and 8 times for halves and
+quarters at R = 128, and 8 for quarters at R = 256); EDM's 18 steps, theirs 50; the loss is a
+mean over pixels, so that all sizes weigh alike, theirs a sum, in which a quarter crop weighs
+1/16 of an image.
 """
+import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
-from torch import nn
 
 from edm import EDM
 
 
-class PatchDiffusion(EDM):
-    """EDM on crops that are told where they lie."""
-    guidance = 1.3                           # what sample.py takes where classes are used
+def coordinates(H, W, image=None, corner=(0, 0)):
+    """(2, H, W): x (columns), then y (rows), -1 and 1 at the corners of the image; Sec. 3.3.
 
-    def __init__(self, make_net, channels, *,
-                 p_full: float = 0.5,        # p, share of the steps that see whole images (Eq. 5); 1 is EDM with coordinates
-                 sizes: Literal["stochastic", "progressive"] = "stochastic",  # crop sizes at random, or small to large (Sec. 3.2)
-                 quarter: bool = True,       # crops of R/4 beside those of R/2; latents do without
-                 sigma_data: float = 0.5,    # standard deviation of the training images (EDM Table 1)
-                 P_mean: float = -1.2,       # mean of ln(sigma) in training; -1.2 in EDM's Table 1
-                 P_std: float = 1.2):        # standard deviation of ln(sigma) in training (EDM Table 1)
-        super().__init__(lambda c_in, c_out: Positioned(make_net(c_in + 2, c_out)), channels, sigma_data=sigma_data, P_mean=P_mean, P_std=P_std)
-        self.p_full, self.sizes, self.quarter = p_full, sizes, quarter
-
-    def draw_size(self, R, progress):
-        """The crop size of the next step, which wants R / size times as many images; progress in [0, 1] is that of the run."""
-        if self.sizes == "progressive":
-            return progressive_size(R, self.p_full, progress, self.quarter)
-        probability = patch_sizes(R, self.p_full, self.quarter)
-        return list(probability)[torch.tensor(list(probability.values())).multinomial(1)]
-
-    def loss(self, x, y=None, size=None):
-        """EDM's loss on a crop of each image in [-1, 1], of this size, by default drawn; Sec. 3.1."""
-        R = min(x.shape[2:])
-        size = size or self.draw_size(R, torch.rand(()).item())
-        crop, coords = random_crop(x, tuple(n * size // R for n in x.shape[2:]))
-        return super().loss(crop, (y, coords))
-
-
-class Positioned(nn.Module):
-    """A network that is told where its pixels lie; Sec. 3.3. Set `coords` (2, h, w) to sample a part of the image, or more."""
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.coords = net, None
-
-    def forward(self, x, c_noise, y=None):                                          # (B, C, H, W)
-        y, coords = y if isinstance(y, tuple) else (y, coordinates(*x.shape[2:]) if self.coords is None else self.coords)
-        x = torch.cat([x, coords.to(x).expand(len(x), -1, -1, -1)], dim=1)          # (B, C + 2, H, W)
-        return self.net(x, c_noise, y)                                              # (B, C, H, W)
-
-
-def coordinates(H, W, image=None):
-    """(2, H, W): x (columns), then y (rows), -1 and 1 at the corners of an image of that size, or of the size `image` (H, W); Sec. 3.3."""
+    The H x W pixels begin at `corner` (y, x) of an image as large, or of size `image` (H, W).
+    """
     R_y, R_x = image or (H, W)
-    x = 2 * torch.arange(W) / max(1, R_x - 1) - 1                                                       # Sec. 3.3
-    y = 2 * torch.arange(H) / max(1, R_y - 1) - 1                                                       # Sec. 3.3
+    j = corner[1] + torch.arange(W)
+    i = corner[0] + torch.arange(H)
+    x = 2 * j / max(1, R_x - 1) - 1                                     # Sec. 3.3
+    y = 2 * i / max(1, R_y - 1) - 1                                     # Sec. 3.3
     return torch.stack([x.expand(H, W), y[:, None].expand(H, W)])
 
 
 def random_crop(x, s):
-    """A window of size s (or height and width) of each image, anywhere: crops (B, C, s, s), coordinates (B, 2, s, s); Sec. 3.1. ValueError where it does not fit."""
+    """A window of size s (or height and width) of each image, anywhere, not resized; Sec. 3.1.
+
+    Crops (B, C, s, s) of images x (B, C, H, W), and coordinates (B, 2, s, s). ValueError where
+    it does not fit.
+    """
     B, C, H, W = x.shape
     h, w = s if isinstance(s, tuple) else (s, s)
     if not (1 <= h <= H and 1 <= w <= W):
         raise ValueError(f"a crop of {h}x{w} does not fit in an image of {H}x{W}")
-    i = torch.randint(H - h + 1, (B, 1, 1, 1), device=x.device) + torch.arange(h, device=x.device)[:, None]
-    j = torch.randint(W - w + 1, (B, 1, 1, 1), device=x.device) + torch.arange(w, device=x.device)
-    b, c = torch.arange(B, device=x.device)[:, None, None, None], torch.arange(C + 2, device=x.device)[:, None, None]
-    both = torch.cat([x, coordinates(H, W).to(x).expand(B, -1, -1, -1)], dim=1)[b, c, i, j]             # Sec. 3.1
+    device = x.device
+    top = torch.randint(H - h + 1, (B, 1, 1, 1), device=device)         # Sec. 3.1
+    left = torch.randint(W - w + 1, (B, 1, 1, 1), device=device)        # Sec. 3.1
+    i = top + torch.arange(h, device=device)[:, None]                   # (B, 1, h, 1)
+    j = left + torch.arange(w, device=device)                           # (B, 1, 1, w)
+    b = torch.arange(B, device=device)[:, None, None, None]
+    c = torch.arange(C + 2, device=device)[:, None, None]
+    grid = grid_on(H, W, x.device).to(x.dtype).expand(B, -1, -1, -1)
+    both = torch.cat([x, grid], dim=1)[b, c, i, j]                      # (B, C + 2, h, w)
     return both[:, :C], both[:, C:]
 
 
+@lru_cache(maxsize=32)
+def grid_on(H, W, device):
+    """`coordinates` of a whole image, made once for a size and a device."""
+    return coordinates(H, W).to(device)
+
+
 def patch_sizes(R, p, quarter=True):
-    """{size: share of the steps} for images of size R; without quarter, {R, R/2} as for latents; Eq. 5."""
+    """{size: share of the steps} for images of size R, largest first; Eq. 5.
+
+    Without quarter crops, as for latents, {R: p, R/2: 1 - p}. ValueError for an R that does not
+    divide.
+    """
     parts = 4 if quarter else 2
     if R % parts and p < 1:
-        raise ValueError(f"crops of R/2{' and R/4' if quarter else ''} need an image size divisible by {parts}, got {R}")
-    return {R: p, R // 2: 3 / 5 * (1 - p), R // 4: 2 / 5 * (1 - p)} if quarter else {R: p, R // 2: 1 - p}  # Eq. 5
+        raise ValueError(f"crops of R/{parts} need an image size divisible by {parts}, got {R}")
+    if not quarter:
+        return {R: p, R // 2: 1 - p}
+    return {R: p, R // 2: 3 / 5 * (1 - p), R // 4: 2 / 5 * (1 - p)}     # Eq. 5
 
 
 def progressive_size(R, p, progress, quarter=True):
-    """The crop size at `progress` in [0, 1] of the run: small to large, each for its share; Sec. 3.2."""
+    """The crop size at `progress` in [0, 1]: small to large, each for its share; Sec. 3.2."""
     until = 0
     for size, share in sorted(patch_sizes(R, p, quarter).items()):
-        until += share                                                                                  # Sec. 3.2
+        until += share                                                  # Sec. 3.2
         if progress < until:
             return size
     return R
+
+
+class PatchDiffusion(EDM):
+    """EDM on crops that are told where they lie."""
+
+    guidance = 1.3  # the paper's weight of guidance, where there are classes
+    latent_config = {"quarter": False}
+
+    def __init__(
+        self,
+        make_net,
+        channels,
+        *,
+        p_full: float = 0.5,  # p, share of the steps that see whole images (Eq. 5)
+        sizes: Literal["stochastic", "progressive"] = "stochastic",  # at random, or small first
+        quarter: bool = True,  # crops of R/4 beside those of R/2; latents do without
+        sigma_data: float = 0.5,  # standard deviation of the training images (EDM Table 1)
+        P_mean: float = -1.2,  # mean of ln(sigma) in training (EDM Table 1)
+        P_std: float = 1.2,  # standard deviation of ln(sigma) in training (EDM Table 1)
+    ):
+        def make_positioned(c_in, c_out):
+            return make_net(c_in + 2, c_out)                            # Sec. 3.3
+
+        super().__init__(
+            make_positioned, channels, sigma_data=sigma_data, P_mean=P_mean, P_std=P_std
+        )
+        self.p_full = p_full
+        self.sizes = sizes
+        self.quarter = quarter
+        smallest = 4 if quarter else 2
+        self.size_multiple = smallest if p_full < 1 else 1
+
+    # Training
+
+    def draw_size(self, R, progress):
+        """The crop size s of the next step, which wants R/s times as many images; Sec. 3.2.
+
+        progress in [0, 1] is that of the run.
+        """
+        if self.sizes == "progressive":
+            return progressive_size(R, self.p_full, progress, self.quarter)
+        share_of = patch_sizes(R, self.p_full, self.quarter)
+        shares = torch.tensor(list(share_of.values()))
+        return list(share_of)[shares.multinomial(1)]                    # Eq. 5
+
+    def loss(self, x, y=None, s=None):
+        """EDM's loss on a crop of each image in [-1, 1], of size s or of a drawn one."""
+        R = min(x.shape[2:])
+        if s is None:
+            s = self.draw_size(R, torch.rand(()).item())
+        crop, coords = random_crop(x, tuple(n * s // R for n in x.shape[2:]))
+        return self.weighted_error(crop, y, coords)                     # Sec. 3.1
+
+    def planes(self, x):
+        """The coordinates of a whole image, (B, 2, H, W), which D takes by default."""
+        grid = grid_on(*x.shape[2:], x.device)
+        return grid.expand(len(x), -1, -1, -1)                          # Sec. 3.3
+
+    # Sampling
+
+    def sample(
+        self,
+        noise,
+        y=None,
+        *,
+        steps: int = 18,  # N, time steps; the network is evaluated 2N - 1 times
+        corner: tuple[int, ...] = (0, 0),  # y x of the first pixel in the image
+        image: tuple[int, ...] = (),  # h w of the image that coordinates span; default: all
+        S_churn: float = 0.0,  # fresh noise; 0 is deterministic (EDM Table 5)
+        S_tmin: float = 0.0,  # churn from this noise level (EDM Table 5)
+        S_tmax: float = math.inf,  # churn up to this noise level (EDM Table 5)
+        S_noise: float = 1.0,  # inflation of the fresh noise (EDM Table 5)
+        sigma_min: float | None = None,  # lowest noise level; default 0.002
+        sigma_max: float | None = None,  # highest noise level; default 80
+        rho: float = 7.0,  # larger spends more of the steps near sigma_min (EDM Eq. 5)
+        randn_like=torch.randn_like,
+    ):
+        """EDM's sampler on a canvas of the noise's size, whose first pixel lies at `corner`.
+
+        The image is as large as the canvas, or of size `image`: then the canvas is a window of
+        it, or goes on past it. ValueError for options that cannot be.
+        """
+        if len(corner) != 2 or len(image) not in (0, 2) or min(image, default=1) < 1:
+            raise ValueError(f"corner takes y x and image h w, got {corner} and {image}")
+        grid = coordinates(*noise.shape[2:], image, corner).to(noise.device)
+        yield from super().sample(
+            noise,
+            y,
+            steps=steps,
+            S_churn=S_churn,
+            S_tmin=S_tmin,
+            S_tmax=S_tmax,
+            S_noise=S_noise,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            rho=rho,
+            randn_like=randn_like,
+            planes=grid.expand(len(noise), -1, -1, -1),
+        )

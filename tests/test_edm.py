@@ -6,7 +6,7 @@ import torch
 from conftest import Gaussian, close, closed_form, cosine_alpha_bar, golden, last, linear_alpha_bar, tensor
 
 from ddpm import DDPM
-from edm import EDM, augment, denoiser, ode_invert, ode_sample, sigma_steps
+from edm import EDM, augment, denoiser, iddpm_levels, ode_invert, ode_sample, sigma_steps
 from iddpm import IDDPM
 from pdm import PDM
 from unet import UNet
@@ -57,7 +57,7 @@ def test_the_coefficients_are_the_authors(precond):
 
 
 def test_the_iddpm_levels_are_the_authors_and_those_of_the_cosine_schedule():
-    u, expected = silent().u, golden("edm_precond")["outputs"]["iddpm"]
+    u, expected = iddpm_levels(), golden("edm_precond")["outputs"]["iddpm"]
     close(u[:12], expected["u_first_12"], rtol=1e-4)
     close(u[-6:], expected["u_last_6"], atol=5e-6)
     close(u.sum(), expected["u_sum_float64"], rtol=1e-6)
@@ -109,8 +109,8 @@ def test_the_weighted_error_is_the_authors(column, monkeypatch):
     expected, x = case["outputs"][column], torch.tensor(case["inputs"]["images"])
     sigma, n = torch.tensor(expected["sigma"]).view(-1, 1, 1, 1), torch.tensor(expected["noise_times_sigma"])
     model = silent(precond=column)
-    model.D = lambda x, sigma, y=None, labels=None: x * 0.25 / (0.25 + sigma ** 2)
-    monkeypatch.setattr(model, "draw_sigma", lambda B: sigma)
+    model.D = lambda x, sigma, y=None, planes=None: x * 0.25 / (0.25 + sigma ** 2)
+    monkeypatch.setattr(model, "draw_sigma", lambda B, device: sigma)
     monkeypatch.setattr(torch, "randn_like", lambda x: n / sigma)
     close(model.loss(x), tensor(expected["loss_elementwise"]).mean(), rtol=1e-5)
 
@@ -169,8 +169,34 @@ def test_a_network_trained_on_steps_is_a_denoiser_at_their_noise_levels(make, ab
 
 
 def test_an_edm_is_its_own_denoiser():
-    model = silent()
-    assert denoiser(model) is model and (model.sigma_min, model.sigma_max) == (0, math.inf)
+    model, x = silent(), torch.randn(2, 1, 4, 4)
+    D = denoiser(model)
+    assert (D.sigma_min, D.sigma_max) == (0, math.inf) and D.round_sigma(0.7) == 0.7
+    assert torch.equal(D(x, 2.0), model.D(x, 2.0)) and torch.equal(model(x, 2.0), model.D(x, 2.0))
+
+
+@pytest.mark.parametrize("precond", COLUMNS)
+@pytest.mark.parametrize("options", [
+    {}, dict(steps=5, rho=3.0), dict(sigma_min=0.1, sigma_max=20.0), dict(S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003)])
+def test_algorithm_2_and_the_general_solver_agree(precond, options):
+    net = closed_form(lambda x, c, y: torch.tanh(x) * torch.cos(c / 100))
+    model = EDM(net, 1, precond=precond)
+    noise = torch.randn(4, 1, 2, 2).double()
+    chains = []
+    for run in (model.sample, lambda *a, **kw: ode_sample(denoiser(model), *a, **kw)):
+        tape = iter(torch.randn(18, 4, 1, 2, 2, generator=torch.Generator().manual_seed(1)).double())
+        chains.append([torch.stack(pair) for pair in run(noise, randn_like=lambda x: next(tape), **options)])
+    assert len(chains[0]) == options.get("steps", 18)
+    for a, b in zip(*chains):
+        close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_churn_past_what_the_vp_schedule_reaches_is_refused():
+    options = dict(schedule="vp", scaling="vp", sigma_min=0.1, sigma_max=20.0, S_churn=5.0)
+    for solver in ("euler", "heun"):
+        with pytest.raises(ValueError, match="vp schedule"):
+            last(ode_sample(gauss, latent, solver=solver, **options))
+    assert last(ode_sample(gauss, latent, solver="euler", **options | dict(S_churn=0.0))).isfinite().all()
 
 
 def test_a_ddpm_is_sampled_only_at_levels_that_it_knows():
@@ -203,7 +229,7 @@ def test_the_noise_levels_fall_from_sigma_max_to_sigma_min(discretization):
 
 
 def test_a_range_of_iddpm_levels_includes_its_ends():
-    u = silent().u.tolist()
+    u = iddpm_levels().tolist()
     close(sigma_steps(2, "iddpm", u[500], u[499]), [u[499], u[500]])
     with pytest.raises(ValueError, match="no two"):
         sigma_steps(2, "iddpm", u[500] * 0.9999, u[500] * 1.0001)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import close, closed_form, last, tensor
 
-from edm import EDM, denoiser
+from edm import EDM, denoiser, ode_sample
 from patch_diffusion import PatchDiffusion, coordinates, patch_sizes, progressive_size, random_crop
 from unet import Guided
 
@@ -116,7 +116,7 @@ def test_the_network_sees_the_noisy_crop_and_clean_unscaled_coordinates_and_is_a
     def make_net(c_in, c_out):
         asked.append((c_in, c_out))
         return spy(seen)(c_in, c_out)
-    PatchDiffusion(make_net, 3).loss(torch.zeros(64, 3, 16, 16), size=8)
+    PatchDiffusion(make_net, 3).loss(torch.zeros(64, 3, 16, 16), s=8)
     x, y = seen[0]
     assert asked == [(5, 3)] and x.shape == (64, 5, 8, 8) and y is None
     grid = coordinates(16, 16)
@@ -129,13 +129,13 @@ def test_the_network_sees_the_noisy_crop_and_clean_unscaled_coordinates_and_is_a
 
 def test_a_crop_of_an_image_that_is_not_square_keeps_its_shape():
     seen = []
-    PatchDiffusion(spy(seen), 1).loss(torch.zeros(2, 1, 16, 24), size=4)
+    PatchDiffusion(spy(seen), 1).loss(torch.zeros(2, 1, 16, 24), s=4)
     assert seen[0][0].shape == (2, 3, 4, 6)
 
 
 @pytest.mark.parametrize("size", [16, 8, 4])
 def test_all_sizes_weigh_alike(size):  # a zero network's loss is 1 at each
-    loss = PatchDiffusion(spy([]), 1).loss(0.5 * torch.randn(2000, 1, 16, 16), size=size)
+    loss = PatchDiffusion(spy([]), 1).loss(0.5 * torch.randn(2000, 1, 16, 16), s=size)
     assert abs(loss - 1) < 5 * math.sqrt(2 / (2000 * size ** 2)) + 0.03
 
 
@@ -153,7 +153,7 @@ def test_with_p_1_it_is_edm_with_two_more_inputs():
     f = lambda x: x[:, :1].cos()
     for model in (PatchDiffusion(spy([], f), 1, p_full=1.0, P_mean=-0.5, sigma_data=0.3), EDM(spy([], f), 1, P_mean=-0.5, sigma_data=0.3)):
         draws = iter(torch.randn(10, 8, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
-        model.draw_sigma = lambda B: tensor(range(1, B + 1)).view(-1, 1, 1, 1) / 4
+        model.draw_sigma = lambda B, device: tensor(range(1, B + 1)).view(-1, 1, 1, 1) / 4
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randn_like", lambda x: next(draws))
             losses.append(model.loss(x, y))
@@ -162,7 +162,7 @@ def test_with_p_1_it_is_edm_with_two_more_inputs():
 
 def test_labels_go_with_the_crop():
     seen = []
-    PatchDiffusion(spy(seen), 1).loss(torch.zeros(3, 1, 8, 8), tensor([2, -1, 0], torch.long), size=4)
+    PatchDiffusion(spy(seen), 1).loss(torch.zeros(3, 1, 8, 8), tensor([2, -1, 0], torch.long), s=4)
     assert seen[0][1].tolist() == [2, -1, 0]
 
 
@@ -172,19 +172,37 @@ def test_the_whole_canvas_is_sampled_on_the_grid_of_training():
     seen = []
     model = PatchDiffusion(spy(seen), 1)
     last(model.sample(torch.randn(2, 1, 8, 12), steps=3))
-    model.loss(torch.zeros(2, 1, 8, 12), size=8)
-    assert len(seen) == 6
+    model.loss(torch.zeros(2, 1, 8, 12), s=8)
+    last(ode_sample(denoiser(model), torch.randn(2, 1, 8, 12), steps=2))
+    assert len(seen) == 9
     for x, _ in seen:
         close(x[0, 1:], coordinates(8, 12), rtol=1e-6, atol=1e-6)
-    assert denoiser(model) is model
 
 
 def test_a_window_is_sampled_at_its_own_place_with_guidance_too():
     seen, where = [], coordinates(8, 8)[:, 2:6, 4:8]
     model = PatchDiffusion(spy(seen), 1)
-    model.net.coords = where
     model.net = Guided(model.net, 1.3)
-    last(model.sample(torch.randn(2, 1, 4, 4), tensor([0, 1], torch.long), steps=2))
+    last(model.sample(torch.randn(2, 1, 4, 4), tensor([0, 1], torch.long), steps=2, corner=(2, 4), image=(8, 8)))
     assert len(seen) == 6 and [y is None for _, y in seen[:2]] == [False, True]
     for x, _ in seen:
         close(x[1, 1:], where)
+
+
+@pytest.mark.parametrize("corner, image, expected", [
+    ((0, 0), (8, 8), coordinates(12, 20, (8, 8))),                # goes on past the image
+    ((0, 0), (), coordinates(12, 20)),                            # the image at another size
+    ((-2, 3), (8, 30), coordinates(10, 23, (8, 30))[:, :10, 3:])])
+def test_a_canvas_lies_where_corner_and_image_say(corner, image, expected):
+    seen = []
+    last(PatchDiffusion(spy(seen), 1).sample(torch.randn(1, 1, 12, 20), steps=2, corner=corner, image=image))
+    got = seen[0][0][0, 1:]
+    close(got[:, 2:] if corner == (-2, 3) else got, expected, atol=1e-6)
+    if corner == (-2, 3):
+        close(got[1, 0], torch.full((20,), 2 * -2 / 7 - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(corner=(1,)), dict(image=(8,)), dict(image=(0, 8)), dict(corner=(1, 2, 3))])
+def test_a_corner_or_an_image_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="corner"):
+        last(PatchDiffusion(spy([]), 1).sample(torch.randn(1, 1, 8, 8), steps=2, **options))
