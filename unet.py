@@ -1,19 +1,21 @@
-"""The small U-Net that all five papers share, built of the blocks of Improved DDPM (Nichol & Dhariwal 2021, App. A).
+"""The small U-Net that all five papers share, of the blocks of Improved DDPM (App. A).
 
-    code       shape            meaning
-    x          (B, C, H, W)     noisy image, or its patches folded into channels
-    c_noise    (B,)             noise level in the method's own terms: t, ln(sigma)/4, ...; always float32
-    y          (B,)             class indices; None, or -1 for one image, means "no class"
-    emb        (B, 4 width)     what every block is told of c_noise and y
+    code       shape          meaning
+    x          (B, C, H, W)   noisy image, or its patches folded into channels
+    c_noise    (B,)           noise level in the method's terms: t, ln(sigma)/4, ...; float32
+    y          (B,)           class indices; None, or -1 for one image, means "no class"
+    emb        (B, 4 width)   what every block is told of c_noise and y
 
-A level is one grid size. On the way down each block's output is kept; on the way up the block across reads it again:
+A level is one grid size. On the way down each block's output is kept; on the way up the block
+across reads it again:
 
     x -+- conv -- [block]------------------------[block] -- conv -+- F(x; c_noise, y)
        |              halve -- [block]------[block] -- double     |
        |                   halve -- [ middle ] -- double          |
        +---- 1x1 conv, scaled by a gate that knows the noise -----+
 
-The straight path is ours: where the answer is nearly the input (x_0 at low noise, eps at high) no block has to copy it.
+The straight path is ours: where the answer is nearly the input (x_0 at low noise, eps at high)
+no block has to copy it.
 """
 import math
 
@@ -23,85 +25,123 @@ from torch.nn import functional as F
 
 
 class UNet(nn.Module):
-    """F(x; c_noise, y): (B, in_channels, H, W) -> (B, out_channels, H, W), exactly 0 before training.
+    """F(x; c_noise, y): (B, in_channels, H, W) -> (B, out_channels, H, W), 0 before training.
 
     H and W are any sizes that 2^(levels - 1) divides; others raise ValueError.
     """
 
-    def __init__(self, in_channels, out_channels, *,
-                 width: int = 64,                    # channels at level 0, the finest grid
-                 mults: tuple[float, ...] = (1, 2),  # channels of each level, in units of width
-                 blocks: int = 1,                    # residual blocks at each level, on each side
-                 attention: tuple[int, ...] = (),    # levels with self-attention; 0 is the finest grid
-                 dropout: float = 0.0,               # dropout inside the blocks
-                 classes=0):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        *,
+        width: int = 64,  # channels at level 0, the finest grid
+        mults: tuple[float, ...] = (1, 2),  # channels of each level, in units of width
+        blocks: int = 1,  # residual blocks at each level, on each side
+        attention: tuple[int, ...] = (),  # levels with self-attention; 0 is the finest grid
+        dropout: float = 0.0,  # dropout inside the blocks
+        classes=0,
+    ):
         super().__init__()
         channels = [int(width * m) for m in mults]
-        self.classes, c_emb = classes, 4 * width
-        self.embed = nn.Sequential(Sinusoid(width), nn.Linear(width // 2 * 2, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = nn.Embedding(classes + 1, c_emb) if classes else None  # row 0 is the null class
+        levels = len(channels)
+        c_emb = 4 * width
+        self.embed = nn.Sequential(
+            Sinusoid(width),
+            nn.Linear(width // 2 * 2, c_emb),
+            nn.SiLU(),
+            nn.Linear(c_emb, c_emb),
+        )
+        self.label = nn.Embedding(classes + 1, c_emb) if classes else None  # row 0: no class
 
         def block(c_in, c_out, level):
             return Block(c_in, c_out, c_emb, dropout, level in attention)
 
+        # Down: the first block of a level gives it its width
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, kept = channels[0], []
-        for level, c_level in enumerate(channels):
-            self.down.append(nn.ModuleList())
+        self.down = nn.ModuleList()
+        c = channels[0]
+        for level in range(levels):
+            stage = nn.ModuleList()
             for _ in range(blocks):
-                self.down[-1].append(block(c, c_level, level))
-                kept.append(c := c_level)
-        self.middle = block(c, c, len(channels) - 1)
-        for level, c_level in reversed(list(enumerate(channels))):
-            self.up.append(nn.ModuleList())
-            for k in reversed(range(blocks)):  # the last one gives the next level's width: 28 to 30% less arithmetic, ahead at equal time
-                c_out = channels[max(0, level - 1)] if k == 0 else c_level
-                self.up[-1].append(block(c + kept.pop(), c_out, level))
+                stage.append(block(c, channels[level], level))
+                c = channels[level]
+            self.down.append(stage)
+        self.middle = block(c, c, levels - 1)
+
+        # Up: the last block of a level gives the width of the next one, a third less arithmetic
+        self.up = nn.ModuleList()
+        for level in reversed(range(levels)):
+            next_width = channels[max(0, level - 1)]
+            stage = nn.ModuleList()
+            for k in range(blocks):
+                c_out = next_width if k == blocks - 1 else channels[level]
+                stage.append(block(c + channels[level], c_out, level))
                 c = c_out
+            self.up.append(stage)
         self.norm_out = group_norm(c)
         self.conv_out = zero(nn.Conv2d(c, out_channels, 3, padding=1))
-        self.straight, self.gate = nn.Conv2d(in_channels, out_channels, 1), zero(nn.Linear(c_emb, out_channels))
+
+        self.straight = nn.Conv2d(in_channels, out_channels, 1)
+        self.gate = zero(nn.Linear(c_emb, out_channels))
 
     def forward(self, x, c_noise, y=None):
-        depth = 2 ** (len(self.down) - 1)
-        if x.shape[2] % depth or x.shape[3] % depth:
-            raise ValueError(f"a U-Net of {len(self.down)} levels needs height and width divisible by {depth}, got {tuple(x.shape[2:])}")
-        emb = self.embed(c_noise)                                       # (B, 4 width)
-        if self.label is not None:
-            emb = emb + self.label(y + 1 if y is not None else c_noise.new_zeros(len(x), dtype=torch.long))
-        emb = F.silu(emb)
-        straight = self.straight(x) * self.gate(emb)[:, :, None, None]  # (B, out_channels, H, W)
-        x, kept = self.conv_in(x), []                                   # (B, width, H, W)
-        for level, blocks in enumerate(self.down):
+        self.check_size(*x.shape[2:])
+        emb = self.embedding(c_noise, y)                                # (B, 4 width)
+        gate = self.gate(emb)[:, :, None, None]
+        straight = self.straight(x) * gate                              # (B, C_out, H, W)
+
+        x = self.conv_in(x)                                             # (B, width, H, W)
+        kept = []
+        for level, stage in enumerate(self.down):
             if level > 0:
-                x = F.avg_pool2d(x, 2)                                  # (B, C_l, H / 2^l, W / 2^l)
-            for block in blocks:
-                kept.append(x := block(x, emb))
+                x = F.avg_pool2d(x, 2)                                  # (B, C_l, H/2^l, W/2^l)
+            for block in stage:
+                x = block(x, emb)
+                kept.append(x)
         x = self.middle(x, emb)
-        for level, blocks in enumerate(self.up):
+        for level, stage in enumerate(self.up):
             if level > 0:
                 x = F.interpolate(x, scale_factor=2.0)
-            for block in blocks:
+            for block in stage:
                 x = block(torch.cat([x, kept.pop()], dim=1), emb)
-        return straight + self.conv_out(F.silu(self.norm_out(x)))                  # (B, out_channels, H, W)
+        x = self.conv_out(F.silu(self.norm_out(x)))                     # (B, C_out, H, W)
+        return straight + x
+
+    def embedding(self, c_noise, y):
+        emb = self.embed(c_noise)
+        if self.label is None:
+            return F.silu(emb)
+        if y is None:
+            y = torch.full_like(c_noise, -1, dtype=torch.long)
+        return F.silu(emb + self.label(y + 1))
+
+    def check_size(self, H, W):
+        depth = 2 ** (len(self.down) - 1)
+        if H % depth or W % depth:
+            raise ValueError(
+                f"a U-Net of {len(self.down)} levels needs height and width divisible by "
+                f"{depth}, got {H} and {W}"
+            )
 
 
 class Block(nn.Module):
-    """x + conv(conv(x)), the noise level and the class entering as scale and shift; then self-attention, if asked."""
+    """x + conv(conv(x)), told c_noise and y by scale and shift; then attention, if asked."""
 
     def __init__(self, c_in, c_out, c_emb, dropout, attention):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.scale_shift = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2 = group_norm(c_out)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                           # (B, c_out, H, W)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(self.skip(x) + h)
@@ -112,47 +152,59 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = next(k for k in range(max(1, channels // 64), 0, -1) if channels % k == 0)
-        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        heads = max(1, channels // 64)
+        while channels % heads:
+            heads -= 1
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, H W, 3 C)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, H W, C / heads) each
-        h = F.scaled_dot_product_attention(q, k, v)                     # on CPU 1.0 to 1.9x as fast as softmax(q k) v
-        return x + self.out(h.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:]))
+        qkv = qkv.unflatten(2, (3, self.heads, -1))                     # (B, HW, 3, heads, C_h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, H W, C_h)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.transpose(1, 2).flatten(2).transpose(1, 2)                # (B, C, H W)
+        return x + self.out(h.unflatten(2, x.shape[2:]))
 
 
 class Sinusoid(nn.Module):
-    """(B,) -> (B, dim): cosines and sines at dim/2 frequencies from 4 down to about 0.0005 radians a unit.
+    """(B,) -> (B, dim): cosines and sines at dim/2 frequencies from 4 down to about 0.0005.
 
-    The papers start at 1 radian; 4 also tells neighbours apart where c_noise is EDM's ln(sigma)/4, a range of 2.7.
+    The papers start at 1 radian a unit; 4 also tells neighbours apart where c_noise is EDM's
+    ln(sigma)/4, a range of 2.7.
     """
 
     def __init__(self, dim):
         super().__init__()
-        self.register_buffer("omega", 4 * 10000 ** (-torch.arange(dim // 2) / (dim // 2)), persistent=False)
+        omega = 4 * 10000 ** (-torch.arange(dim // 2) / (dim // 2))
+        self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, c_noise):
-        angle = c_noise.float()[:, None] * self.omega                   # float32: bf16 turns 999 into 1000
+        angle = c_noise.float()[:, None] * self.omega  # float32: bf16 turns 999 into 1000
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance (Ho & Salimans 2022): net_u + w (net_c - net_u), where net_u sees no class.
+    """Classifier-free guidance (Ho & Salimans 2022): net_u + w (net_c - net_u).
 
-    Guidance is linear, so it serves eps, x_0, v and D alike. Outputs beyond the input's channels are learned
-    variances; they stay the conditional ones. w = 1 is the plain conditional network, w = 0 the unconditional one.
+    net_u sees no class. Guidance is linear, so it serves eps, x_0, v and D alike. Outputs
+    beyond the input's channels are learned variances; they stay the conditional ones. w = 1 is
+    the plain conditional network, w = 0 the unconditional one.
     """
 
     def __init__(self, net, w):
         super().__init__()
-        self.net, self.w = net, w
+        self.net = net
+        self.w = w
 
     def forward(self, x, c_noise, y=None):
-        net_c, net_u = self.net(x, c_noise, y), self.net(x, c_noise, None)
+        net_c = self.net(x, c_noise, y)
+        net_u = self.net(x, c_noise, None)
         C = x.shape[1]
-        return torch.cat([net_u[:, :C] + self.w * (net_c[:, :C] - net_u[:, :C]), net_c[:, C:]], dim=1)
+        guided = net_u[:, :C] + self.w * (net_c[:, :C] - net_u[:, :C])
+        return torch.cat([guided, net_c[:, C:]], dim=1)
 
 
 def group_norm(channels):
