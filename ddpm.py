@@ -17,12 +17,14 @@ undoing the steps one by one.
     eps_theta       eps_theta         (B, C, H, W)   predicted noise
     mu_theta        mean              (B, C, H, W)   mean of the reverse step
     sigma_t^2       exp(log_variance)                variance of the reverse step
-    tau             tau[k]            (K + 1,)       DDIM's kept steps; its alpha_t: alpha_bar
+    tau             tau[k]            (K + 1,)       DDIM's kept steps; its alpha_t: alpha_bar_t
 
 Where we follow the authors' code rather than the page: sampling goes through x_0_hat (Eq. 15),
-clipped to [-1, 1], and the posterior mean (Eq. 7), which without the clipping is Eq. 11; the
-log-variance of a chain's first step, which would be log 0, is that of its second.
-Where we differ from both: linear betas scale with 1000/T, so that T is free.
+clipped to [-1, 1], and the posterior mean (Eq. 7), which without the clipping is Eq. 11; sigma
+at t = 1, where beta_tilde is 0, is beta_tilde of t = 2, for either variance (only L_0 sees it);
+losses are means over pixels, not sums.
+Where we differ from the authors: linear betas scale with 1000/T, so that T is free, and the
+network is told t, theirs t - 1.
 """
 import math
 from typing import Literal
@@ -40,10 +42,11 @@ class Chain(nn.Module):
     """The forward process and its posterior (Sec. 2), on the steps tau_1 < ... < tau_K.
 
     A chain has tables of its own: step k leads from k to k-1, and row 0 is clean data. The
-    whole chain is the case tau_k = k. alpha_bar is float64: cast what is made of it, not it.
+    whole chain is the case tau_k = k. Tables are float64; results have the images' type.
     """
 
     def __init__(self, alpha_bar, tau):
+        """From the whole chain's alpha_bar (T + 1,) and the kept steps, K rising numbers."""
         super().__init__()
         tau = torch.tensor([0, *tau], device=alpha_bar.device)          # (K + 1,)
         self.register_buffer("tau", tau, persistent=False)
@@ -72,20 +75,19 @@ class Chain(nn.Module):
         return share * self.beta(t, s)                                  # Eq. 7
 
     def beta(self, t, s):
-        return 1 - self.alpha_bar[t] / self.alpha_bar[s]                # Eq. 2
+        return 1 - self.alpha_bar[t] / self.alpha_bar[s]                # Eq. 4, for one step
 
     def log_beta_tilde(self, t, s):
         """log beta_tilde; at s = 0, where that is log 0, that of the chain's second step."""
         has_second = len(self.tau) > 2
-        first = self.beta_tilde(2, 1) if has_second else self.beta(1, 0)
-        s = torch.as_tensor(s, device=self.tau.device)
-        return torch.where(s > 0, self.beta_tilde(t, s), first).log()
+        at_0 = self.beta_tilde(2, 1) if has_second else self.beta(1, 0)
+        return torch.where(self.tau[s] > 0, self.beta_tilde(t, s), at_0).log()
 
 
 class DDPM(Chain):
     """Train by predicting the noise (Algorithm 1); sample by removing it (Algorithm 2)."""
 
-    latent_config = {"clip": False}  # what images that are no pixels, but latents, ask for
+    latent_config = {"clip": False}  # flags for latents, which [-1, 1] does not bound
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class DDPM(Chain):
         clip: bool = True,  # clip x_0_hat to [-1, 1] in sampling
         beta_1: float = 1e-4,  # variance of the first step at T = 1000 (Sec. 4)
         beta_T: float = 0.02,  # variance of the last step at T = 1000 (Sec. 4)
-        betas=None,
+        betas=None,  # (T,), instead of linear ones
     ):
         if betas is None:
             if min(beta_1, beta_T) <= 0 or max(beta_1, beta_T) >= 1:
@@ -115,10 +117,10 @@ class DDPM(Chain):
     # Training
 
     def loss(self, x_0, y=None):
-        """L_simple of images in [-1, 1]: Eq. 12 without its weight."""
+        """L_simple of images in [-1, 1], a mean over pixels: Eq. 12 without its weight."""
         t = self.draw_t(x_0)                                            # Algorithm 1, line 3
         eps = torch.randn_like(x_0)                                     # Algorithm 1, line 4
-        x_t = self.q_sample(x_0, t, eps)
+        x_t = self.q_sample(x_0, t, eps)                                # Algorithm 1, line 5
         return (eps - self.eps_theta(x_t, t, y)).square().mean()        # Eq. 14
 
     def draw_t(self, x_0):
@@ -126,21 +128,21 @@ class DDPM(Chain):
         return torch.randint(1, self.T + 1, (len(x_0), 1, 1, 1), device=x_0.device)
 
     def eps_theta(self, x_t, t, y=None):
-        return self.net(x_t, per_image(t, x_t), y)
+        return self.net(x_t, as_c_noise(t, x_t), y)
 
     # Reverse process
 
     def x_0_hat(self, x_t, t, eps):
         """The x_0 (B, C, H, W) that x_t comes from, if eps is its noise; Eq. 15."""
         alpha_bar = self.alpha_bar[t]
-        x_0 = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()   # Eq. 15
-        return x_0.to(x_t.dtype)
+        x_0_hat = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()  # Eq. 15
+        return x_0_hat.to(x_t.dtype)
 
     def predict(self, x_t, t, y=None):
         """x_0_hat (B, C, H, W), not clipped."""
         return self.x_0_hat(x_t, t, self.eps_theta(x_t, t, y))
 
-    def clipped(self, x_0_hat):
+    def clip_if_asked(self, x_0_hat):
         return x_0_hat.clamp(-1, 1) if self.clip else x_0_hat
 
     def p_mean_variance(self, x_t, t, s, y=None, chain=None):
@@ -150,8 +152,8 @@ class DDPM(Chain):
         """
         if chain is None:
             chain = self
-        x_0_hat = self.clipped(self.predict(x_t, chain.tau[t], y))
-        mean, _ = chain.q_posterior(x_0_hat, x_t, t, s)                 # Eq. 11
+        x_0_hat = self.clip_if_asked(self.predict(x_t, chain.tau[t], y))
+        mean, _ = chain.q_posterior(x_0_hat, x_t, t, s)                 # Eq. 11, if not clipped
         return mean, self.log_variance(t, s, chain), x_0_hat
 
     def log_variance(self, t, s, chain):
@@ -160,8 +162,7 @@ class DDPM(Chain):
         if self.variance == "small":
             return log_beta_tilde                                       # Sec. 3.2
         log_beta = chain.beta(t, s).log()                               # Sec. 3.2
-        s = torch.as_tensor(s, device=log_beta.device)
-        return torch.where(s > 0, log_beta, log_beta_tilde)
+        return torch.where(chain.tau[s] > 0, log_beta, log_beta_tilde)
 
     # Sampling
 
@@ -177,24 +178,23 @@ class DDPM(Chain):
     ):
         """From noise x_T (B, C, H, W) to images, yielding (x, x_0_hat) after each step.
 
-        steps may also list the kept t. ValueError for an eta outside [0, 1].
+        steps may also list the kept t, increasing. ValueError for an eta outside [0, 1].
         """
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1, got {eta}")
-        chain = Chain(self.alpha_bar.cpu(), self.kept_steps(steps))
+        chain = Chain(self.alpha_bar.cpu(), self.kept_steps(steps))  # no step waits for a GPU
         if eta is None:
             yield from self.ancestral(noise, y, chain, randn_like)
         else:
             yield from self.ddim(noise, y, chain, eta, randn_like)
 
     def ancestral(self, noise, y, chain, randn_like):
-        """Algorithm 2 on the steps of a chain; Eq. 11 through x_0_hat."""
+        """Algorithm 2, whose t is the chain's k; its mu (Eq. 11) goes through x_0_hat."""
         x = noise                                                       # Algorithm 2, line 1
         for k in reversed(range(1, len(chain.tau))):                    # Algorithm 2, line 2
             z = randn_like(x) if k > 1 else torch.zeros_like(x)         # Algorithm 2, line 3
             mean, log_variance, x_0_hat = self.p_mean_variance(x, k, k - 1, y, chain)
-            sigma = (log_variance / 2).exp().to(x.dtype)
-            x = mean + sigma * z                                        # Algorithm 2, line 4
+            x = mean + (log_variance / 2).exp() * z                     # Algorithm 2, line 4
             yield x, x_0_hat
 
     def ddim(self, noise, y, chain, eta, randn_like):
@@ -204,8 +204,8 @@ class DDPM(Chain):
             z = randn_like(x)
             alpha_bar = chain.alpha_bar[k]
             alpha_bar_s = chain.alpha_bar[k - 1]
-            x_0_hat = self.clipped(self.predict(x, chain.tau[k], y))
-            eps = (x - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
+            x_0_hat = self.clip_if_asked(self.predict(x, chain.tau[k], y))
+            eps = (x - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()  # Eq. 4
             share = (1 - alpha_bar_s) / (1 - alpha_bar)
             sigma = eta * share.sqrt() * (1 - alpha_bar / alpha_bar_s).sqrt()  # DDIM Eq. 16
             direction = (1 - alpha_bar_s - sigma**2).sqrt() * eps       # DDIM Eq. 12
@@ -250,9 +250,10 @@ class DDPM(Chain):
             mean, log_variance, x_0_hat = self.p_mean_variance(x_t, k, k - 1, y, chain)
             terms.append(self.vlb_term(x_0, x_t, k, k - 1, mean, log_variance, chain))
             mse.append((x_0_hat - x_0).square().flatten(1).mean(1))
-        left = chain.alpha_bar[K]
-        zero = torch.zeros_like(left)
-        prior = normal_kl(left.sqrt() * x_0, (1 - left).log(), zero, zero)   # Eq. 5, L_T
+        alpha_bar = chain.alpha_bar[K]
+        zero = torch.zeros_like(alpha_bar)
+        mean = alpha_bar.sqrt() * x_0
+        prior = normal_kl(mean, (1 - alpha_bar).log(), zero, zero)      # Eq. 5, L_T
         prior = prior.flatten(1).mean(1) / math.log(2)                  # (B,)
         terms = torch.stack(terms, dim=1)                               # (B, K)
         mse = torch.stack(mse, dim=1)                                   # (B, K)
@@ -269,12 +270,11 @@ class DDPM(Chain):
         log_beta_tilde = chain.log_beta_tilde(t, s)
         kl = normal_kl(posterior_mean, log_beta_tilde, mean, log_variance)  # Eq. 5, L_{t-1}
         nll = -discretized_gaussian_log_likelihood(x_0, mean, log_variance / 2)  # Eq. 5, L_0
-        s = torch.as_tensor(s, device=kl.device)
-        term = torch.where(s > 0, kl, nll)
+        term = torch.where(chain.tau[s] > 0, kl, nll)
         return term.flatten(1).mean(1) / math.log(2)
 
 
-def per_image(t, x):
+def as_c_noise(t, x):
     """The step t, a number or (B, 1, 1, 1), as the network is told it: (B,) float32."""
     if torch.is_tensor(t) and t.ndim > 0:
         return t.expand(len(x), 1, 1, 1).flatten().float()

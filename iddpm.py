@@ -7,14 +7,15 @@ trains it. With these a chain of 4000 steps can be sampled in 100. Notation as i
     paper         code               shape          meaning
     v             v                  (B, C, H, W)   where log Sigma lies between its two bounds
     Sigma_theta   exp(log_variance)  (B, C, H, W)   learned variance of p_theta(x_{t-1} | x_t)
-    L_t           L_t                (B,)           term t of the bound, bits/dim
+    L_{t-1}       L_t                (B,)           the bound's term at step t, bits/dim
     lambda        lambda_vlb                        weight of L_vlb in L_hybrid
     p_t           probabilities()    (T,)           how often importance sampling draws t
     S_t           tau                (K + 1,)       the kept steps of a shorter chain
 
 Where we follow the authors' code rather than the page: v = -1 means beta_tilde and v = 1 beta
-(the page says 0 and 1); L_vlb is in bits/dim.
-Where we differ from both: the network is told t itself, not t 1000/T.
+(the page says 0 and 1); L_vlb is in bits/dim; sections, "ddim50" and the rounding of
+`space_timesteps`.
+Where we differ from their code: the network is told t itself, not (t - 1) 1000/T.
 """
 import re
 from typing import Literal
@@ -52,13 +53,14 @@ class IDDPM(DDPM):
         betas=None,
     ):
         learned = objective != "simple"
+        halves = 2 if learned else 1
 
-        def make_halves(c_in, c_out):
-            return make_net(c_in, 2 * c_out if learned else c_out)
+        def make_wide(c_in, c_out):
+            return make_net(c_in, halves * c_out)                       # Sec. 3.1
 
         if betas is None:
             betas = cosine_betas(T) if schedule == "cosine" else linear_betas(T)
-        super().__init__(make_halves, channels, T=T, variance=variance, clip=clip, betas=betas)
+        super().__init__(make_wide, channels, T=T, variance=variance, clip=clip, betas=betas)
         self.objective = objective
         self.learned = learned
         self.lambda_vlb = lambda_vlb
@@ -69,7 +71,7 @@ class IDDPM(DDPM):
 
     def outputs(self, x_t, t, y=None):
         """The network's two halves, (B, C, H, W) each: eps, and v or None where it is fixed."""
-        out = self.eps_theta(x_t, t, y)                                 # (B, 2C, H, W)
+        out = self.eps_theta(x_t, t, y)                                 # (B, C or 2C, H, W)
         return out.chunk(2, dim=1) if self.learned else (out, None)
 
     def x_0_and_v(self, x_t, t, y=None):
@@ -85,8 +87,8 @@ class IDDPM(DDPM):
         if chain is None:
             chain = self
         x_0_hat, v = self.x_0_and_v(x_t, chain.tau[t], y)
-        x_0_hat = self.clipped(x_0_hat)
-        mean, _ = chain.q_posterior(x_0_hat, x_t, t, s)                 # DDPM Eq. 7
+        x_0_hat = self.clip_if_asked(x_0_hat)
+        mean, _ = chain.q_posterior(x_0_hat, x_t, t, s)                 # DDPM Eq. 11
         return mean, self.log_variance(t, s, chain, v), x_0_hat
 
     def log_variance(self, t, s, chain, v=None):
@@ -95,8 +97,8 @@ class IDDPM(DDPM):
             return super().log_variance(t, s, chain)
         log_beta = chain.beta(t, s).log()
         log_beta_tilde = chain.log_beta_tilde(t, s)
-        fraction = (v + 1) / 2
-        return fraction * log_beta + (1 - fraction) * log_beta_tilde    # Eq. 15
+        fraction = (v + 1) / 2  # the page's v
+        return fraction * log_beta + (1 - fraction) * log_beta_tilde    # Eq. 15, its log
 
     # Training
 
@@ -111,7 +113,7 @@ class IDDPM(DDPM):
             return L_simple.mean()
         x_0_hat = self.x_0_hat(x_t, t, eps_hat)
         if self.objective == "hybrid":
-            L_t = self.L_t(x_0, x_t, t, x_0_hat.detach(), v)            # Sec. 3.1
+            L_t = self.L_t(x_0, x_t, t, x_0_hat.detach(), v)            # Sec. 3.1, stopped
             return (L_simple + self.lambda_vlb * self.T * L_t).mean()   # Eq. 16
         L_t = self.L_t(x_0, x_t, t, x_0_hat, v)
         if self.sampler is None:
@@ -121,14 +123,14 @@ class IDDPM(DDPM):
         return (weight * self.T * L_t).mean()                           # Eq. 18
 
     def L_t(self, x_0, x_t, t, x_0_hat, v):
-        """Term t of the bound, (B,), bits/dim: L_vlb is T times its mean over t; Eq. 4."""
+        """The bound's term at t, (B,), bits/dim: L_vlb is T times its mean over t; Eq. 4."""
         mean, _ = self.q_posterior(x_0_hat, x_t, t)
         log_variance = self.log_variance(t, t - 1, self, v)
         term = self.vlb_term(x_0, x_t, t, t - 1, mean, log_variance)    # Eq. 5, Eq. 6
         return term.to(x_0.dtype)
 
     def draw_t(self, x_0):
-        """A step of 1..T for each image, (B, 1, 1, 1), all alike without a sampler."""
+        """A step of 1..T for each image, (B, 1, 1, 1), uniform without a sampler."""
         if self.sampler is None:
             return super().draw_t(x_0)
         p = self.sampler.probabilities()
@@ -145,9 +147,9 @@ class IDDPM(DDPM):
         eta: float | None = None,  # DDIM's eta, 0 deterministic; default ancestral
         randn_like=torch.randn_like,
     ):
-        """DDPM's sampler on the steps of `space_timesteps`, betas by Eq. 19.
+        """DDPM's sampler on the steps of `space_timesteps`; the network is told the original t.
 
-        The network is told the original t.
+        Repeated for what `steps` may be here: a chain's tables are Eq. 19 by themselves.
         """
         return super().sample(noise, y, steps=steps, eta=eta, randn_like=randn_like)  # Eq. 19
 
@@ -167,7 +169,7 @@ class LossAwareSampler(nn.Module):
         self.register_buffer("count", torch.zeros(T, dtype=torch.long))
 
     def probabilities(self):
-        """(T,) probabilities of t = 1..T; all alike until each t has a full history."""
+        """(T,) probabilities of t = 1..T; uniform until each t has a full history."""
         p = self.losses.square().mean(1).sqrt()                         # Eq. 18
         p = (1 - self.uniform) * p / p.sum()
         p = p + self.uniform / len(p)  # in the authors' code only
@@ -204,10 +206,10 @@ def of_all_processes(x):
 def space_timesteps(T, spec):
     """The kept t, increasing, within 1..T; Sec. 4.
 
-    An int or "50" keeps that many, evenly spaced, both ends included (one: t = 1). "10,15,20"
-    cuts 1..T into three equal sections and keeps so many of each. "ddim50": 50 at an integer
-    stride from t = 1. "nll50": "50" and every t up to T // 50, for likelihoods. ValueError for
-    what cannot be kept.
+    An int or "50" keeps that many, evenly spaced, both ends included (one: t = 1, where DDPM's
+    is T). "10,15,20" cuts 1..T into three equal sections and keeps so many of each. "ddim50" is
+    50 at an integer stride from t = 1; "nll50" is "50" and every t up to T // 50, for
+    likelihoods. ValueError for what cannot be kept.
     """
     spec = str(spec)
     if not re.fullmatch(r"(ddim|nll)?\d+|\d+(,\d+)*", spec):

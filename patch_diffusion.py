@@ -4,17 +4,19 @@ Wang et al., 2023.  arXiv:2304.12526
 EDM trained on random crops of random size, where two more input channels say where in the image
 each pixel lies. Crops are cheaper than images, and there are more of them. That is training
 only: a sample is drawn whole, from the coordinates of the whole image, by EDM's sampler. A
-network that has seen one size of crop alone makes pictures of that coherence, so sizes are
-mixed; the large ones teach how far regions belong together. Notation as in edm.py, and
+network that has seen one size of crop alone learns patches, and shows their borders, so sizes
+are mixed; the large ones teach how far regions belong together. Notation as in edm.py, and
 
     paper   code     shape          meaning
     R       R                       image size, the smaller side where it is not square
     s       s                       crop size: R, R/2 or R/4; R/s times as many images a step
     p       p_full                  share of the steps that see whole images
-    x~      crop     (B, C, h, w)   window of the image, its corner (i, j) drawn evenly
+    x~      crop     (B, C, h, w)   window of the image, its corner (i, j) anywhere
     u(k)    coords   (B, 2, h, w)   where each pixel lies in the image: x, then y, in [-1, 1]
+            planes   (B, 2, h, w)   coords as EDM's D takes them: without noise, scale or loss
 
-This is not PDM (Luhman 2022), which folds pixels into channels.
+This is not PDM (Luhman 2022), which folds pixels into channels. EDM's augmentation is off: its
+labels would have to move with the crop.
 Where we differ from the authors' code: R/s times as many images at size s for every R (their
 table lacks crops of 4 and 8 and R = 28, 32, 48 and 96; it has 4 and 8 times for halves and
 quarters at R = 128, and 8 for quarters at R = 256); EDM's 18 steps, theirs 50; the loss is a
@@ -30,17 +32,17 @@ import torch
 from edm import EDM
 
 
-def coordinates(H, W, image=None, corner=(0, 0)):
+def coordinates(H, W, image=(), corner=(0, 0)):
     """(2, H, W): x (columns), then y (rows), -1 and 1 at the corners of the image; Sec. 3.3.
 
     The H x W pixels begin at `corner` (y, x) of an image as large, or of size `image` (H, W).
     """
     R_y, R_x = image or (H, W)
-    j = corner[1] + torch.arange(W)
-    i = corner[0] + torch.arange(H)
-    x = 2 * j / max(1, R_x - 1) - 1                                     # Sec. 3.3
-    y = 2 * i / max(1, R_y - 1) - 1                                     # Sec. 3.3
-    return torch.stack([x.expand(H, W), y[:, None].expand(H, W)])
+    row = corner[0] + torch.arange(H)
+    column = corner[1] + torch.arange(W)
+    u_x = 2 * column / max(1, R_x - 1) - 1                              # Sec. 3.3
+    u_y = 2 * row / max(1, R_y - 1) - 1                                 # Sec. 3.3
+    return torch.stack([u_x.expand(H, W), u_y[:, None].expand(H, W)])
 
 
 def random_crop(x, s):
@@ -54,14 +56,15 @@ def random_crop(x, s):
     if not (1 <= h <= H and 1 <= w <= W):
         raise ValueError(f"a crop of {h}x{w} does not fit in an image of {H}x{W}")
     device = x.device
-    top = torch.randint(H - h + 1, (B, 1, 1, 1), device=device)         # Sec. 3.1
-    left = torch.randint(W - w + 1, (B, 1, 1, 1), device=device)        # Sec. 3.1
-    i = top + torch.arange(h, device=device)[:, None]                   # (B, 1, h, 1)
-    j = left + torch.arange(w, device=device)                           # (B, 1, 1, w)
-    b = torch.arange(B, device=device)[:, None, None, None]
-    c = torch.arange(C + 2, device=device)[:, None, None]
-    grid = grid_on(H, W, x.device).to(x.dtype).expand(B, -1, -1, -1)
-    both = torch.cat([x, grid], dim=1)[b, c, i, j]                      # (B, C + 2, h, w)
+    grid = grid_on(H, W, device).to(x.dtype).expand(B, -1, -1, -1)
+    both = torch.cat([x, grid], dim=1)                                  # (B, C + 2, H, W)
+    i = torch.randint(H - h + 1, (B, 1, 1, 1), device=device)           # Sec. 3.2
+    j = torch.randint(W - w + 1, (B, 1, 1, 1), device=device)           # Sec. 3.2
+    image = torch.arange(B, device=device).view(B, 1, 1, 1)
+    channel = torch.arange(C + 2, device=device).view(1, C + 2, 1, 1)
+    row = i + torch.arange(h, device=device).view(1, 1, h, 1)           # (B, 1, h, 1)
+    column = j + torch.arange(w, device=device).view(1, 1, 1, w)        # (B, 1, 1, w)
+    both = both[image, channel, row, column]                            # (B, C + 2, h, w)
     return both[:, :C], both[:, C:]
 
 
@@ -74,8 +77,8 @@ def grid_on(H, W, device):
 def patch_sizes(R, p, quarter=True):
     """{size: share of the steps} for images of size R, largest first; Eq. 5.
 
-    Without quarter crops, as for latents, {R: p, R/2: 1 - p}. ValueError for an R that does not
-    divide.
+    Without quarter crops, as the authors' code has it for latents, {R: p, R/2: 1 - p}.
+    ValueError for an R that 4, or 2, does not divide.
     """
     parts = 4 if quarter else 2
     if R % parts and p < 1:
@@ -106,7 +109,7 @@ class PatchDiffusion(EDM):
         make_net,
         channels,
         *,
-        p_full: float = 0.5,  # p, share of the steps that see whole images (Eq. 5)
+        p_full: float = 0.5,  # p, share of the steps that see whole images (Sec. 3.2)
         sizes: Literal["stochastic", "progressive"] = "stochastic",  # at random, or small first
         quarter: bool = True,  # crops of R/4 beside those of R/2; latents do without
         sigma_data: float = 0.5,  # standard deviation of the training images (EDM Table 1)
@@ -122,8 +125,8 @@ class PatchDiffusion(EDM):
         self.p_full = p_full
         self.sizes = sizes
         self.quarter = quarter
-        smallest = 4 if quarter else 2
-        self.size_multiple = smallest if p_full < 1 else 1
+        parts = 4 if quarter else 2
+        self.size_multiple = parts if p_full < 1 else 1  # must divide H and W, besides depth
 
     # Training
 
@@ -134,17 +137,18 @@ class PatchDiffusion(EDM):
         """
         if self.sizes == "progressive":
             return progressive_size(R, self.p_full, progress, self.quarter)
-        share_of = patch_sizes(R, self.p_full, self.quarter)
-        shares = torch.tensor(list(share_of.values()))
-        return list(share_of)[shares.multinomial(1)]                    # Eq. 5
+        shares = patch_sizes(R, self.p_full, self.quarter)
+        k = torch.tensor(list(shares.values())).multinomial(1).item()
+        return list(shares)[k]                                          # Sec. 3.2
 
     def loss(self, x, y=None, s=None):
-        """EDM's loss on a crop of each image in [-1, 1], of size s or of a drawn one."""
-        R = min(x.shape[2:])
+        """EDM's loss on a crop of each image in [-1, 1], of size s, by default a drawn one."""
+        H, W = x.shape[2:]
+        R = min(H, W)
         if s is None:
-            s = self.draw_size(R, torch.rand(()).item())
-        crop, coords = random_crop(x, tuple(n * s // R for n in x.shape[2:]))
-        return self.weighted_error(crop, y, coords)                     # Sec. 3.1
+            s = self.draw_size(R, progress=torch.rand(()).item())
+        crop, coords = random_crop(x, (H * s // R, W * s // R))         # Sec. 3.1
+        return self.weighted_error(crop, y, planes=coords)
 
     def planes(self, x):
         """The coordinates of a whole image, (B, 2, H, W), which D takes by default."""
@@ -160,7 +164,7 @@ class PatchDiffusion(EDM):
         *,
         steps: int = 18,  # N, time steps; the network is evaluated 2N - 1 times
         corner: tuple[int, ...] = (0, 0),  # y x of the first pixel in the image
-        image: tuple[int, ...] = (),  # h w of the image that coordinates span; default: all
+        image: tuple[int, ...] = (),  # h w of the whole image; default the canvas
         S_churn: float = 0.0,  # fresh noise; 0 is deterministic (EDM Table 5)
         S_tmin: float = 0.0,  # churn from this noise level (EDM Table 5)
         S_tmax: float = math.inf,  # churn up to this noise level (EDM Table 5)

@@ -12,17 +12,20 @@ image (or v), not the noise. Notation as in iddpm.py, except
     alpha_t        alpha_bar[t]     (T + 1,)       this paper's alpha_t is DDPM's alpha_bar_t
     z_t, x         x_t, x_0         (B, C, H, W)   noisy and clean image
     SNR(t)         snr(t)           (B, 1, 1, 1)   alpha_bar_t / (1 - alpha_bar_t)
-    v              out              (B, C, H, W)   the network's output, where it predicts v
-                   var              (B, C, H, W)   IDDPM's v, where the variance is learned
-    gamma_t        gamma(t)         (B, 1, 1, 1)   weight of the loss, always taken on x
+    x, eps or v    out              (B, C, H, W)   the network's output, by its target
+    v of IDDPM     var              (B, C, H, W)   the other half, where the variance is learned
+    gamma_t        gamma(t)         (B, 1, 1, 1)   weight of the loss, which is taken on x
     x_theta        x_0_hat          (B, C, H, W)   the prediction of x
     x*             posterior_mean   (B, C, H, W)   the optimal prediction of x
 
-This is not Patch Diffusion (Wang et al. 2023), which trains on crops.
-Where we differ from the authors' code: the order of the channels in a patch; the cosine
-schedule and a fixed variance are our defaults (theirs: linear, learned). Their variance head
-reads detached features, its v is a sigmoid with 1 at beta_tilde, and they weigh the bound with
-1, which is our lambda T at T = 1000 only.
+This is not Patch Diffusion (Wang et al. 2023), which trains on crops. Tags without a number
+name sections of the paper.
+Where we differ from the authors' code: the order of the channels in a patch; parts are counted
+from the noisiest, theirs from the cleanest; the cosine schedule and a fixed variance are our
+defaults (theirs: linear, learned). Their variance head reads detached features, its v is a
+sigmoid where 1 means beta_tilde, and they weigh the bound with 1, which is our lambda T at
+T = 1000 only. They add a position embedding to the patch grid, and clip guided samples at the
+.995 quantile of |x_0|.
 """
 import math
 from typing import Literal
@@ -46,7 +49,10 @@ def unpatchify(x, P):
 
 
 class Patched(nn.Module):
-    """A network run on patches; what it gives unfolds into C channels, or into 2C."""
+    """A network run on patches; what it gives unfolds into C channels, or into 2C.
+
+    pixel_shuffle keeps each channel's P^2 numbers together, so the mean stays the first half.
+    """
 
     def __init__(self, net, P):
         super().__init__()
@@ -56,7 +62,7 @@ class Patched(nn.Module):
     def forward(self, x, c_noise, y=None):
         x = patchify(x, self.P)                                         # (B, C P^2, H/P, W/P)
         x = self.net(x, c_noise, y)                                     # the same, or 2C P^2
-        return unpatchify(x, self.P)                                    # (B, C, H, W), or 2C
+        return unpatchify(x, self.P)                                    # (B, C or 2C, H, W)
 
 
 def posterior_mean(x_t, alpha_bar, data):
@@ -64,17 +70,18 @@ def posterior_mean(x_t, alpha_bar, data):
 
     alpha_bar is a number or (B, 1, 1, 1). A blur of the data where x_t is noisy.
     """
-    double = torch.float32 if x_t.device.type == "mps" else torch.float64
-    z = x_t.flatten(1).to(double)                                       # (B, C H W)
-    alpha_bar = torch.as_tensor(alpha_bar, dtype=double, device=z.device).reshape(-1, 1)
-    parts = data.flatten(1).split(1000)                                 # (1000, C H W) each
+    precise = torch.float32 if x_t.device.type == "mps" else torch.float64
+    z = x_t.flatten(1).to(precise)                                      # (B, C H W)
+    z_z = z.square().sum(1, keepdim=True)                               # (B, 1)
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=precise, device=z.device).reshape(-1, 1)
+    variance = (1 - alpha_bar).clamp(min=5e-13)  # where alpha_bar = 1, the nearest image
+    parts = data.flatten(1).split(1000)                                 # (1000, C H W) or fewer
     logits = []
     for part in parts:
         x = part.to(z)
         product = alpha_bar.sqrt() * z @ x.T                            # (B, 1000)
-        z_z = z.square().sum(1, keepdim=True)
         distance = z_z - 2 * product + alpha_bar * x.square().sum(1)    # Optimal prediction
-        logits.append(-distance / (2 * (1 - alpha_bar)).clamp(min=1e-12))
+        logits.append(-distance / (2 * variance))                       # Optimal prediction
     w = torch.cat(logits, dim=1).softmax(1)                             # Optimal prediction
     x_star = torch.zeros_like(z)
     for part, w_part in zip(parts, w.split(1000, dim=1)):
@@ -96,7 +103,7 @@ class PDM(IDDPM):
         make_net,
         channels,
         *,
-        patch: tuple[int, ...] = (4,),  # P; 1 is the plain U-Net; one a part, noisiest first
+        patch: tuple[int, ...] = (4,),  # P, one size, or one for each part, noisiest first
         predict: Literal["x", "eps", "v"] = "x",  # what the network predicts
         weight: Weight = "sqrt_snr",  # gamma_t, weight of the loss on x
         T: int = 1000,  # number of diffusion steps
@@ -106,11 +113,11 @@ class PDM(IDDPM):
         variance: Literal["large", "small"] = "large",  # if not learned: beta_t or beta_tilde_t
         clip: bool = True,  # clip x_0_hat to [-1, 1] in sampling
     ):
-        patch = one_a_part(patch, len(split_snr) + 1)
+        patch = patch_of_each_part(patch, len(split_snr) + 1)
         betas = betas_of(schedule, T)
         part_of = parts_of_steps(betas, split_snr)                      # (T + 1,)
 
-        def make_patched(c_in, c_out):
+        def make_patched(c_in, c_out):  # c_out is 2C where the variance is learned
             nets = [Patched(make_net(c_in * P**2, c_out * P**2), P) for P in patch]
             return Split(nets, part_of) if split_snr else nets[0]
 
@@ -125,29 +132,31 @@ class PDM(IDDPM):
         )
         self.target = predict
         self.weight = weight
-        self.size_multiple = math.lcm(*patch)
+        self.size_multiple = math.lcm(*patch)  # must divide H and W, besides the U-Net's depth
 
     # Training targets
 
     def training_target(self, x_0, eps, t):
-        """What the network is asked for, (B, C, H, W), by `predict`: x, eps or v."""
-        alpha = self.alpha_bar[t]
+        """What the network should say, (B, C, H, W), by `predict`; x_from_target undoes it.
+
+        The loss is taken on x, and needs the way back only.
+        """
+        alpha_bar = self.alpha_bar[t]
         if self.target == "x":
             return x_0                                                  # Training targets, x
         if self.target == "eps":
             return eps                                                  # Training targets, eps
-        v = alpha.sqrt() * eps - (1 - alpha).sqrt() * x_0               # Training targets, v
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0       # Training targets, v
         return v.to(x_0.dtype)
 
     def x_from_target(self, x_t, t, out):
         """The x (B, C, H, W) of which `out` is the target at x_t."""
-        alpha = self.alpha_bar[t]
+        alpha_bar = self.alpha_bar[t]
         if self.target == "x":
-            x = out
-        elif self.target == "eps":
-            x = (x_t - (1 - alpha).sqrt() * out) / alpha.sqrt()         # DDPM Eq. 15
-        else:
-            x = alpha.sqrt() * x_t - (1 - alpha).sqrt() * out           # Training targets, v
+            return out.to(x_t.dtype)
+        if self.target == "eps":
+            return self.x_0_hat(x_t, t, out)                            # DDPM Eq. 15
+        x = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * out       # Training targets, v
         return x.to(x_t.dtype)
 
     def x_0_and_v(self, x_t, t, y=None):
@@ -161,7 +170,7 @@ class PDM(IDDPM):
         return self.alpha_bar[t] / (1 - self.alpha_bar[t])              # SNR(t)
 
     def gamma(self, t):
-        """Weight of the loss on x, float64: sqrt(SNR) in the paper, the others in its code."""
+        """Weight of the loss on x, float64; all but sqrt(SNR) are in the authors' code only."""
         snr = self.snr(t)
         weights = {
             "1": torch.ones_like(snr),
@@ -174,16 +183,16 @@ class PDM(IDDPM):
         return weights[self.weight]
 
     def loss(self, x_0, y=None):
-        """gamma_t ||x - x_hat||^2 of images in [-1, 1], and lambda L_vlb if it is learned."""
+        """gamma_t ||x - x_0_hat||^2 of images in [-1, 1]; with lambda L_vlb, if that learns."""
         t = self.draw_t(x_0)
         x_t = self.q_sample(x_0, t, torch.randn_like(x_0))
         x_0_hat, var = self.x_0_and_v(x_t, t, y)
-        L = self.gamma(t) * (x_0 - x_0_hat).square()                    # Loss weight
-        L = L.flatten(1).mean(1).to(x_0.dtype)                          # (B,)
+        error = self.gamma(t) * (x_0 - x_0_hat).square()                # Loss weight
+        loss = error.flatten(1).mean(1).to(x_0.dtype)                   # (B,)
         if self.learned:
             L_t = self.L_t(x_0, x_t, t, x_0_hat.detach(), var)
-            L = L + self.lambda_vlb * self.T * L_t                      # IDDPM Eq. 16
-        return L.mean()
+            loss = loss + self.lambda_vlb * self.T * L_t                # IDDPM Eq. 16
+        return loss.mean()
 
 
 def betas_of(schedule, T):
@@ -197,7 +206,7 @@ def betas_of(schedule, T):
 class Split(nn.Module):
     """Networks that share the chain, that of the noisiest steps first; Sec. 4.1.
 
-    part_of (T + 1,) says which network serves step t; each sees its own images only.
+    part_of (T + 1,) says which network serves step t; each gets only the images of its steps.
     """
 
     def __init__(self, nets, part_of):
@@ -206,7 +215,7 @@ class Split(nn.Module):
         self.register_buffer("part_of", part_of, persistent=False)
 
     def forward(self, x, c_noise, y=None):
-        part = self.part_of[c_noise.long()]                             # (B,)
+        part = self.part_of[c_noise.long()]                             # (B,), c_noise is t
         out = None
         for k, net in enumerate(self.nets):
             rows = (part == k).nonzero().flatten()                      # (B_k,)
@@ -236,14 +245,14 @@ def parts_of_steps(betas, cuts):
     return torch.cat([part_of[:1], part_of])  # t = 0 goes with t = 1
 
 
-def one_a_part(patch, parts):
-    """[P of each part] from one size for all, or from one a part; ValueError for others."""
+def patch_of_each_part(patch, parts):
+    """A patch size for each part: the given ones, or the one (also a number) given for all."""
     patch = [patch] if isinstance(patch, int) else list(patch)
     if len(patch) == 1:
         patch = patch * parts
     if len(patch) != parts or min(patch) < 1:
         raise ValueError(
-            f"split_snr makes {parts} parts, the noisiest first; patch is one size from 1 on, "
-            f"or one for each part: got {patch}"
+            f"patch is a size from 1 on, or one for each of the {parts} parts that split_snr "
+            f"makes, the noisiest first: got {patch}"
         )
     return patch

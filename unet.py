@@ -9,10 +9,10 @@
 A level is one grid size. On the way down each block's output is kept; on the way up the block
 across reads it again:
 
-    x -+- conv -- [block]------------------------[block] -- conv -+- F(x; c_noise, y)
-       |              halve -- [block]------[block] -- double     |
-       |                   halve -- [ middle ] -- double          |
-       +---- 1x1 conv, scaled by a gate that knows the noise -----+
+    x -+- conv -- [block] ------------------------------- [block] -- conv -+- F(x; c_noise, y)
+       |             halve -- [block] ----------- [block] -- double        |
+       |                halve -- [block] [middle] [block] -- double        |
+       +---- 1x1 conv, scaled by a gate that knows the noise --------------+
 
 The straight path is ours: where the answer is nearly the input (x_0 at low noise, eps at high)
 no block has to copy it.
@@ -69,7 +69,8 @@ class UNet(nn.Module):
             self.down.append(stage)
         self.middle = block(c, c, levels - 1)
 
-        # Up: the last block of a level gives the width of the next one, a third less arithmetic
+        # Up, from the coarsest level: its last block gives the width of the next one, which
+        # spares the finer grid arithmetic
         self.up = nn.ModuleList()
         for level in reversed(range(levels)):
             next_width = channels[max(0, level - 1)]
@@ -91,7 +92,7 @@ class UNet(nn.Module):
         gate = self.gate(emb)[:, :, None, None]
         straight = self.straight(x) * gate                              # (B, C_out, H, W)
 
-        x = self.conv_in(x)                                             # (B, width, H, W)
+        x = self.conv_in(x)                                             # (B, C_0, H, W)
         kept = []
         for level, stage in enumerate(self.down):
             if level > 0:
@@ -100,9 +101,9 @@ class UNet(nn.Module):
                 x = block(x, emb)
                 kept.append(x)
         x = self.middle(x, emb)
-        for level, stage in enumerate(self.up):
-            if level > 0:
-                x = F.interpolate(x, scale_factor=2.0)
+        for k, stage in enumerate(self.up):
+            if k > 0:
+                x = F.interpolate(x, scale_factor=2.0)                  # (B, C_l, H/2^l, W/2^l)
             for block in stage:
                 x = block(torch.cat([x, kept.pop()], dim=1), emb)
         x = self.conv_out(F.silu(self.norm_out(x)))                     # (B, C_out, H, W)
@@ -117,11 +118,11 @@ class UNet(nn.Module):
         return F.silu(emb + self.label(y + 1))
 
     def check_size(self, H, W):
-        depth = 2 ** (len(self.down) - 1)
-        if H % depth or W % depth:
+        multiple = 2 ** (len(self.down) - 1)
+        if H % multiple or W % multiple:
             raise ValueError(
                 f"a U-Net of {len(self.down)} levels needs height and width divisible by "
-                f"{depth}, got {H} and {W}"
+                f"{multiple}, got {H} and {W}"
             )
 
 
@@ -148,7 +149,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all H W positions, in heads of 64 channels, or a few more."""
+    """x + self-attention over all positions, in heads of 64 channels or more, if there are."""
 
     def __init__(self, channels):
         super().__init__()
@@ -161,12 +162,11 @@ class Attention(nn.Module):
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, H W, 3 C)
-        qkv = qkv.unflatten(2, (3, self.heads, -1))                     # (B, HW, 3, heads, C_h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, H W, C_h)
+        qkv = self.qkv(self.norm(x)).flatten(2)                         # (B, 3 C, H W)
+        qkv = qkv.unflatten(1, (3, self.heads, -1))                     # (B, 3, heads, C_h, HW)
+        q, k, v = qkv.transpose(3, 4).unbind(1)                         # (B, heads, H W, C_h)
         h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(1, 2).flatten(2).transpose(1, 2)                # (B, C, H W)
-        return x + self.out(h.unflatten(2, x.shape[2:]))
+        return x + self.out(h.transpose(2, 3).reshape(x.shape))
 
 
 class Sinusoid(nn.Module):
@@ -187,11 +187,12 @@ class Sinusoid(nn.Module):
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance (Ho & Salimans 2022): net_u + w (net_c - net_u).
+    """Classifier-free guidance (Ho & Salimans 2022; their w is ours less 1).
 
-    net_u sees no class. Guidance is linear, so it serves eps, x_0, v and D alike. Outputs
-    beyond the input's channels are learned variances; they stay the conditional ones. w = 1 is
-    the plain conditional network, w = 0 the unconditional one.
+    net_u + w (net_c - net_u), where net_u is not told the class.
+    It is linear, so it serves eps, x_0, v and D alike. Outputs beyond the input's channels are
+    learned variances; they stay the conditional ones. w = 1 is the plain conditional network,
+    w = 0 the unconditional one.
     """
 
     def __init__(self, net, w):
