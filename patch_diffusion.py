@@ -150,7 +150,7 @@ class PatchDiffusion(EDM):
         crop, coords = random_crop(x, (H * s // R, W * s // R))         # Sec. 3.1
         return self.weighted_error(crop, y, planes=coords)
 
-    def planes(self, x):
+    def sampling_planes(self, x):
         """The coordinates of a whole image, (B, 2, H, W), which D takes by default."""
         grid = grid_on(*x.shape[2:], x.device)
         return grid.expand(len(x), -1, -1, -1)                          # Sec. 3.3
