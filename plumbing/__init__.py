@@ -1,0 +1,1 @@
+"""What the commands share; nothing in it is from a paper."""
