@@ -183,7 +183,7 @@ def from_folder(folder, size, channels):
 
 
 def complain(error):
-    raise error
+    raise UserError(f"cannot read {error.filename}: {because(error)}") from error
 
 
 def from_zip(path, size, channels):
