@@ -191,7 +191,7 @@ def from_zip(path, size, channels):
         entries = {}
         for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
             refuse_what_points_outside(path, entry.filename)
-            if not entry.is_dir():
+            if not entry.filename.endswith("/"):
                 entries[PurePosixPath(entry.filename)] = entry
 
         def open_entry(name):

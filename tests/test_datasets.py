@@ -117,6 +117,12 @@ def test_a_zip_may_spell_its_names_in_any_way(tmp_path, name):
     assert np.array_equal(images[0].permute(1, 2, 0), np.asarray(picture()))
 
 
+def test_a_zip_may_hold_folders_and_a_file_without_a_name(tmp_path):
+    path = write_zip(tmp_path / "set.zip", {"folder/": b"", "z.png": png(), "?.txt": b""})
+    path.write_bytes(path.read_bytes().replace(b"?.txt", b"\0.txt"))  # cut at the zero byte
+    assert load(path)[0].shape == (1, 3, 8, 12)
+
+
 def test_gray_stays_one_channel_unless_colour_is_asked_for(tmp_path):
     gray = picture().convert("L")
     gray.save(tmp_path / "a.png")
@@ -192,11 +198,16 @@ def test_arrays_are_resized_and_turned_gray_or_colour_like_image_files(tmp_path)
     assert thin.shape == (1, 3, 1, 8)
 
 
-def test_a_colour_image_one_pixel_wide_is_not_taken_for_a_gray_one(tmp_path):
+def test_images_one_pixel_wide_keep_their_channels(tmp_path):
     array = np.full((1, 8, 1, 3), [10, 20, 30], np.uint8)
     np.save(tmp_path / "thin.npy", array)
     images, _, _ = load(tmp_path / "thin.npy", size=4)
     assert images[0, :, 0, 0].tolist() == [10, 20, 30]
+    np.save(tmp_path / "thin.npy", array[..., 0])
+    assert load(tmp_path / "thin.npy", size=4)[0].shape == (1, 1, 4, 4)
+    np.save(tmp_path / "low.npy", np.arange(8, dtype=np.uint8).reshape(1, 1, 8))
+    images, _, _ = load(tmp_path / "low.npy", size=(1, 4))
+    assert images.tolist() == [[[[2, 3, 4, 5]]]], "the middle of 0 to 7"
 
 
 def test_float_arrays_are_latents_and_come_back_as_they_are(tmp_path):
@@ -580,6 +591,8 @@ def test_what_unpacks_to_more_than_the_machine_can_hold_is_refused(tmp_path, mon
     zeros = np.zeros((40, 32, 32, 3), np.uint8)
     np.savez_compressed(tmp_path / "bomb.npz", zeros)
     np.save(tmp_path / "bomb.npy", zeros)
+    few = zeros[:5]  # a quarter of the memory each
+    np.savez_compressed(tmp_path / "several.npz", few, few, few)
     write_idx(tmp_path / "bomb-idx3-ubyte.gz", zeros[..., 0], gzip.compress)
     write_tar(tmp_path / "bomb.tar.gz", {"data_batch_1.bin": bytes(3073 * 40)})
     (tmp_path / "data_batch_1.bin").write_bytes(bytes(3073 * 40))

@@ -58,6 +58,7 @@ def test_digits_under_8_pixels_are_refused():
 
 
 def test_digits_that_memory_cannot_hold_are_refused_before_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(pixels, "memory", lambda: 1e9)
-    with pytest.raises(UserError, match="20,000 images need 15.7 GB"):
-        digits((512, 512))
+    monkeypatch.setattr(pixels, "memory", lambda: 3e6)
+    digits((64, 64), count=80)  # 0.98 MB of 1 MB
+    with pytest.raises(UserError, match="1,000 images need 0.0 GB, more than a third"):
+        digits((64, 64), count=1000)

@@ -106,11 +106,12 @@ def test_a_grid_has_a_margin_for_labels_and_leaves_the_images_as_they_are():
 
 
 def chain(length, images=1):
-    """Images of one gray: x goes from 1 to 0, x_0_hat from 0 to -1."""
+    """Images of one gray: x goes from 1 to 0, x_0_hat from 0 to -1; of the second by half."""
+    scale = torch.tensor([1.0, 0.5])[:images].view(-1, 1, 1, 1)
     frames = []
     for k in range(length):
         x = torch.full((images, 3, 8, 8), 1 - k / (length - 1))
-        frames.append((x, x - 1))
+        frames.append((scale * x, scale * (x - 1)))
     return frames
 
 
@@ -124,9 +125,12 @@ def test_a_strip_shows_eight_moments_x_above_and_x_0_hat_below(tmp_path):
     for row in range(4):
         middle = gap + row * side + side // 2
         found = strip[middle, margin + side // 2::side]
-        expected = 255 - 127.5 * np.arange(8) / 7
+        value = 1 - np.arange(8) / 7
         if row % 2:
-            expected = expected - 127.5
+            value = value - 1
+        if row >= 2:
+            value = value / 2
+        expected = 127.5 + 127.5 * value
         assert np.abs(found - expected).max() <= 1, f"row {row}: {found}, not {expected}"
 
 
@@ -222,6 +226,12 @@ def test_an_error_stays_on_one_line_and_can_be_printed_whatever_the_name():
     text = refusal(io.BytesIO(b"no image"), name="a\nb\udc80.png")
     assert r"a\nb\udc80.png" in text
     text.encode()
+
+
+def test_the_reason_of_an_error_is_its_first_line_or_at_least_its_kind():
+    assert pixels.because(ValueError("too large\nTo allow it, ...")) == "too large"
+    assert pixels.because(MemoryError()) == "MemoryError"
+    assert pixels.because(FileNotFoundError(2, "No such file", "name")) == "No such file"
 
 
 def test_pillow_prints_nothing_beside_the_one_error(tmp_path):
