@@ -3,6 +3,7 @@ import contextlib
 import csv
 import os
 import re
+import sys
 import zlib
 from pathlib import Path
 
@@ -179,6 +180,9 @@ def locked(run):
 
     The system lets go of the lock when the process ends, however it ends.
     """
+    if devices.rank() > 0:
+        yield
+        return
     path = run / "ckpt.lock"
     file = open(path, "w")
     try:
@@ -311,11 +315,31 @@ def restore_optimizer(optimizer, state):
     optimizer.load_state_dict(dict(state=as_weights, param_groups=groups))
 
 
+# What a command line says of methods
+
+def overview(doc):
+    """A command's help without a method: its doc and the list of them."""
+    titles = {key: sys.modules[cls.__module__].__doc__ for key, cls in METHODS.items()}
+    lines = [f"    {key:16} {title.splitlines()[0]}" for key, title in titles.items()]
+    return "\n".join([doc, *lines])
+
+
+def check_name(name, argv):
+    """UserError unless the name that argv gives is a method's."""
+    choices = ", ".join(f"--method {key}" for key in METHODS)
+    if name is None and argv[0] in METHODS:
+        raise UserError(f"did you mean --method {argv[0]}?")
+    if name is None:
+        raise UserError(f"choose a method: {choices}")
+    if name not in METHODS:
+        raise UserError(f"no method {name}: choose {choices}")
+
+
 def flags_elsewhere(method):
     """{flag: sentence} of the flags that belong to other methods than this one."""
     owners = {}
     for name, cls in METHODS.items():
-        for flag in flags_of(cls) | flags_of(cls.sample):
+        for flag in flags_of(cls) | flags_of(getattr(cls, "sample", cls)):
             owners.setdefault(flag, []).append(name)
     hints = {name: f"did you mean --method {name}?" for name in METHODS}
     for flag, names in owners.items():

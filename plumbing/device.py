@@ -1,6 +1,8 @@
 """Where the work is done: the device, its precision, random numbers, and several processes."""
 import atexit
+import contextlib
 import datetime
+import importlib.util
 import os
 import sys
 
@@ -70,6 +72,14 @@ def images_fit(images, device):
     return not any_of_all(not fit)
 
 
+def compiles(asked, device, steps):
+    """Whether to compile; unasked on CUDA with Triton, in runs that are long beside it."""
+    if asked is not None:
+        return asked
+    has_triton = importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and steps >= 20_000 and has_triton
+
+
 # Random numbers
 
 def seed_of(*key):
@@ -119,7 +129,7 @@ def any_of_all(flag):
     """Whether `flag` is true in this process or in any other."""
     if world() == 1:
         return bool(flag)
-    raised = torch.tensor(float(flag))
+    raised = torch.tensor(float(bool(flag)))
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
     return bool(raised)
 
@@ -154,3 +164,8 @@ def shared_loss(method):
     return nn.parallel.DistributedDataParallel(
         Loss(method), broadcast_buffers=False, find_unused_parameters=True
     )
+
+
+def exchange(loss, wanted):
+    """The context of a backward pass after which processes exchange gradients, if wanted."""
+    return contextlib.nullcontext() if wanted or world() == 1 else loss.no_sync()
