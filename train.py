@@ -12,7 +12,6 @@ from plumbing import flags  # before torch: Ctrl-C while that loads ends without
 import argparse
 import copy
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -68,8 +67,8 @@ def train(
 ):
     """Train the method of `config` (every flag) and write its run's folder.
 
-    saved: the checkpoint to go on from. given: the flags that the user chose himself, which
-    latents may contradict. UserError, before the folder is made, for all that can be wrong.
+    saved: the checkpoint to go on from. given: the flags that the user chose himself.
+    UserError, before the folder is made, for all that can be wrong.
     """
     check_ranges(config)
     device = devices.pick(device)
@@ -77,15 +76,15 @@ def train(
     runs.check_run(run, config, saved)
     images, labels, classes = datasets.load(data, size or None, channels)
     about = runs.describe(config, given or {}, saved, images, labels, classes)
-    labels = labels if conditional else None
-    train_set, held_out = runs.prepare(images, labels, overfit, device)
+    train_set, held_out = runs.prepare(images, labels if conditional else None, overfit, device)
     R = min(about["shape"][1:])
 
     method, averaged, optimizer, progress = start(about, saved, device, beta_2, seed)
     autocast = devices.autocast(device, precision)
     with autocast:
-        contract.dry_pass(method, about["shape"], about["classes"], crop_of(method, R, 0.0))
-    loss_of = devices.shared_loss(method)
+        crop = crop_of(method, R, 0.0)
+        some_unused = contract.dry_pass(method, about["shape"], about["classes"], crop)
+    loss_of = devices.shared_loss(method, some_unused)
     if devices.compiles(compile, device, steps):
         method.net.compile()
     runs.make_folder(run, method, keep)
@@ -103,11 +102,11 @@ def train(
             torch.manual_seed(seed_of(seed, step, 0))  # what all parts share
             crop = crop_of(method, R, step / steps)
             n = batch * R // crop[0] if crop else batch
+            n_part = n // (accumulate * world())
             loss = 0
             for part in range(accumulate):
                 # Each part has its own random numbers, whichever process draws it
                 torch.manual_seed(seed_of(seed, step, 1 + rank() * accumulate + part))
-                n_part = n // (accumulate * world())
                 x, y = draw_batch(*train_set, n_part, flip, drop_label, device)
                 with devices.exchange(loss_of, part == accumulate - 1):
                     with autocast:
@@ -279,15 +278,14 @@ def main(argv):
 
 def parser_of(name):
     """The parser of a method's flags, and {flag: default}."""
-    cls = METHODS[name]
     parser = Parser(
         prog="train.py",
         usage=f"python train.py --method {name} [flags]",
-        description=sys.modules[cls.__module__].__doc__.split("\n\n")[0],
+        description=checkpoint.doc_of(name),
     )
     parser.add_argument("--method", help=argparse.SUPPRESS)
     config = dict(method=name)
-    groups = {f"method {name}": cls, "U-Net": UNet, "training": train}
+    groups = {f"method {name}": METHODS[name], "U-Net": UNet, "training": train}
     for title, function in groups.items():
         config |= add_flags(parser, title, function, SMALL_RUN.get(name))
     return parser, config

@@ -279,7 +279,7 @@ def check_layout(path, checkpoint):
 def check_content(checkpoint):
     """UserError unless shapes, flags, log and tensors are such as training writes."""
     shape = checkpoint["shape"]
-    if len(shape) != 3 or not all(type(n) is int and 0 < n <= 4096 for n in shape):
+    if len(shape) != 3 or not all(type(n) is int and 0 < n <= 8192 for n in shape):
         raise UserError(f"no image has the shape {shape!r:.60}")
     if not all(type(name) is str for name in checkpoint["classes"]):
         raise UserError("its class names are no words")
@@ -317,10 +317,15 @@ def restore_optimizer(optimizer, state):
 
 # What a command line says of methods
 
+def doc_of(name):
+    """The first paragraph of a paper's file."""
+    doc = sys.modules[METHODS[name].__module__].__doc__ or METHODS[name].__name__
+    return doc.split("\n\n")[0]
+
+
 def overview(doc):
     """A command's help without a method: its doc and the list of them."""
-    titles = {key: sys.modules[cls.__module__].__doc__ for key, cls in METHODS.items()}
-    lines = [f"    {key:16} {title.splitlines()[0]}" for key, title in titles.items()]
+    lines = [f"    {name:16} {doc_of(name).splitlines()[0]}" for name in METHODS]
     return "\n".join([doc, *lines])
 
 

@@ -8,7 +8,7 @@ import torch
 from .flags import UserError, flags_of, matches
 
 RANGES = dict(
-    size=(1, 4096), steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9),
+    size=(1, 8192), steps=(1, 1e9), batch=(1, 1e6), accumulate=(1, 1e6), every=(1, 1e9),
     keep=(0, 1e6), grid=(1, 4096), overfit=(0, 1e9), seed=(0, 2 ** 63), lr=(0, 1),
     beta_2=(0, 1 - 1e-9), warmup=(0, 1e9), decay=(0, 1e9), cooldown=(0, 1e9), ema=(0, 1),
     clip_grad=(0, 1e9), drop_label=(0, 1), width=(2, 1e5), mults=(1 / 64, 64),

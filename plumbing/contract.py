@@ -17,14 +17,17 @@ def dry_pass(method, shape, classes, crop=()):
 
     It runs on a copy, so that the method's state stays as it is. crop: () or (size,), which the
     loss of a method that trains on crops gets too. UserError that names what is missing.
+    Returns whether an image trains some of the weights only, as in a split chain.
     """
     check_parts(method)
     method = copy.deepcopy(method)
     device = next(method.parameters()).device
     x = torch.randn(2, *shape).clamp(-1, 1).to(device)
     y = torch.tensor([-1, 0], device=device) if classes else None
+    one = y[:1] if classes else None
     try:
         try_loss(method, x, y, crop)
+        method.loss(x[:1], one, *crop).backward()
         with torch.no_grad():
             try_denoiser(method, x, y)
             try_sampler(method, x, y)
@@ -32,6 +35,7 @@ def dry_pass(method, shape, classes, crop=()):
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    return any(weight.grad is None for weight in method.parameters())
 
 
 def check_parts(method):

@@ -153,16 +153,16 @@ class Loss(nn.Module):
         return self.method.loss(*arguments)
 
 
-def shared_loss(method):
+def shared_loss(method, some_unused=False):
     """method.loss as a module; of several processes, with the mean of their gradients.
 
-    Some networks of a split chain may see no image of a step: their gradient stays None.
+    some_unused: a step may leave weights without a gradient, as those of a split chain.
     Buffers are not copied from the first process: the methods keep them equal themselves.
     """
     if world() == 1:
         return Loss(method)
     return nn.parallel.DistributedDataParallel(
-        Loss(method), broadcast_buffers=False, find_unused_parameters=True
+        Loss(method), broadcast_buffers=False, find_unused_parameters=some_unused
     )
 
 
