@@ -34,8 +34,10 @@ def check_types(config, functions):
     """UserError for the first value that is not of its flag's type."""
     for function in functions:
         for name, parameter in flags_of(function).items():
-            value = config.get(name, parameter.default)
-            if value != parameter.default and not matches(value, parameter.annotation):
+            default = parameter.default
+            value = config.get(name, default)
+            is_default = type(value) is type(default) and value == default
+            if not is_default and not matches(value, parameter.annotation):
                 raise UserError(f"--{name} cannot be {value!r:.60}")
 
 
