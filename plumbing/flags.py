@@ -40,6 +40,9 @@ OUT_OF_MEMORY = (
 class UserError(ValueError):
     """A mistake of the user's: one line on stderr and exit code 2."""
 
+    def __init__(self, message):
+        super().__init__(message)
+
 
 # Running a command
 
