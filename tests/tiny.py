@@ -1,0 +1,63 @@
+"""Tiny runs, written without training, and commands started in this process."""
+import sys
+
+import numpy as np
+import torch
+
+from plumbing import checkpoint, flags
+from plumbing.flags import flags_of
+from unet import UNet
+
+SMALL = dict(width=8, mults=(1,), attention=(), data="set.npz", overfit=0)
+
+
+def write_set(path="set.npz", count=60):
+    """Random images of 8x8 with three classes."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, 3, 8, 8), np.uint8)
+    np.savez(path, images=images, labels=np.arange(count) % 3)
+
+
+def write_run(folder, method, *, shape=(3, 8, 8), classes=0, latents=False, step=3, **config):
+    """A run of the method whose weights, raw and averaged, are random but not all zero."""
+    cls = checkpoint.METHODS[method]
+    signatures = flags_of(cls) | flags_of(UNet)
+    defaults = {name: parameter.default for name, parameter in signatures.items()}
+    chain = dict(T=30) if "T" in defaults else {}
+    about = dict(
+        method=method,
+        config=defaults | SMALL | chain | config,
+        shape=list(shape),
+        classes=[str(k) for k in range(classes)],
+    )
+    weights = {}
+    for seed, name in enumerate(("model", "ema")):
+        torch.manual_seed(seed)
+        built = checkpoint.build(about)
+        for weight in built.parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        weights[name] = built.state_dict()
+    empty = dict(optimizer={}, sizes={}, losses=[], log=[], seconds=0.0, fingerprint=0)
+    counts = dict(step=step, images=8 * step, latents=latents)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder, about | weights | empty | counts)
+    return folder / "ckpt.pt"
+
+
+class Command:
+    """command(module, line) -> (exit code, stdout, stderr), in this process."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+
+    def __call__(self, module, line):
+        self.capsys.readouterr()
+        self.monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *line.split()])
+        code = 0
+        try:
+            flags.run(module.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = self.capsys.readouterr()
+        return code, out, err
