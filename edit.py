@@ -1,219 +1,389 @@
-"""Start from an image:  python edit.py runs/pdm/ckpt.pt noise photo.png
+"""Start from an image:  python edit.py runs/pdm inpaint photo.png --mask lower
 
-    noise IMAGE           the forward process in a strip                                        (DDPM Eq. 4, EDM Sec. 2)
-    inpaint IMAGE MASK    draw anew what is white in MASK; the other pixels come back exactly
-    invert IMAGE          the latent from which the deterministic sampler returns the image     (EDM Sec. 4)
-    interpolate A B       from A to B through the noise at --at, or on the sphere of latents    (DDPM Sec. 4.4)
-    vary IMAGE            other images that share their x_t, at --at, with it                   (DDPM Fig. 7)
+    noise IMAGE            the forward process in a strip             (DDPM Eq. 4, EDM Sec. 2)
+    inpaint IMAGE [MASK]   draw a part anew; the other pixels come back exactly
+    invert IMAGE           the latent of which the sampler makes the image         (EDM Sec. 4)
+    interpolate A B        from A to B through noise, or between latents        (DDPM Sec. 4.4)
+    vary IMAGE             other images that share their x_t with it              (DDPM Fig. 7)
 
-IMAGE is a file, or the number of an image that was held out of the run's data. All five methods, through the denoiser D(x; sigma)
-of edm.py: x here is always image + sigma noise. Flags are the keyword arguments of `edit` below.
+    python edit.py runs/pdm inpaint --help     the flags of a verb
+
+IMAGE is a file, or the number of an image that was held out of the run's data. All methods are
+edited through the denoiser D(x; sigma) of edm.py: x here is always image + sigma noise.
 """
 import math
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-import data as pixels
-from edm import EDM, denoiser, nearest, ode_invert, ode_sample, sigma_steps
-from evaluate import load_like
-from sample import Cost, choose_labels, guide
-from train import Parser, add_flags, command, hold_out, load, seeded_noise
+from edm import denoiser, ode_invert, ode_sample, sigma_steps
+from plumbing import checkpoint, datasets, drawing, flags, images
+from plumbing.device import join, rank, seeded_noise
+from plumbing.drawing import check_range, last
+from plumbing.flags import Parser, UserError, add_flags, flags_of
 
-FLAGS = dict(noise=(1, set()), inpaint=(2, {"resample", "n", "steps"}), invert=(1, {"steps"}), interpolate=(2, {"at", "latent", "n", "steps"}),
-             vary=(1, {"at", "n", "steps"}))  # verb: number of images, and which flags only some verbs have
+RHO = 3  # of inversion and back: more of the steps at high noise than in sampling
 
 
-def edit(path, verb, sources, *,
-         at: float = 0.5,            # interpolate, vary: how far along the chain to go into the noise, 0 to 1
-         latent: bool = False,       # interpolate: between inverted latents, on the sphere
-         resample: int = 5,          # inpaint: times that each step is taken; more make the new part fit better
-         n: int = 8,                 # inpaint, interpolate, vary: pictures to draw
-         steps: int = 50,            # time steps
-         class_: tuple[str, ...] = (),  # class of the image, by name or number, for a conditional model
-         guidance: float | None = None,  # weight of classifier-free guidance
-         seed: int = 0,              # seed of all noise
-         raw: bool = False,          # use the weights as trained, not their average
-         out: str | None = None,     # the picture, a .png; default <run>/samples/<verb>.png
-         device: str | None = None): # cuda, mps or cpu; default the first of them that is there
-    """Write the picture of `verb`. Raises ValueError before any work."""
-    if n < 1 or resample < 1 or steps < 2 or not 0 < at <= 1:
-        raise ValueError(f"needs --n and --resample of 1 or more, --steps of 2 or more and --at above 0, up to 1; got {n}, {resample}, {steps}, {at:g}")
+class Picture(NamedTuple):
+    """What a verb shows: images (N, C, H, W), so many in a row; a latent to keep."""
+
+    images: torch.Tensor
+    columns: int | None = None
+    labels: tuple = ()
+    latent: torch.Tensor | None = None
+
+
+def edit(
+    path,
+    verb,
+    words,
+    options,
+    *,
+    class_: tuple[str, ...] = (),  # class of the image, by name or number; default none
+    guidance: float | None = None,  # weight of guidance to --class; default the method's
+    seed: int = 0,  # seed of all noise
+    raw: bool = False,  # use the weights as trained, not their average
+    out: str | None = None,  # the picture, a .png; default in the run, named by its flags
+    device: str | None = None,  # cuda, mps or cpu; default the first that is there
+):
+    """Write the picture of `verb` under its `options` (a dict); the path that was written.
+
+    words: the images, and for inpaint perhaps a mask. UserError for what cannot be, before any
+    work.
+    """
+    function = VERBS[verb]
+    parameters = flags_of(function) | flags_of(edit)
+    made_by = options | dict(class_=class_, guidance=guidance, raw=raw)
+    options = {name: p.default for name, p in flags_of(function).items()} | options
+    check_options(verb, words, options, class_)
+    check_range("seed", seed, 0, 2**63)
+    method, saved = checkpoint.load(path, ema=not raw, device=device)
+    where = next(method.parameters()).device
+    n = options.get("n", 1)
+    y = drawing.choose_labels(n, class_, saved["classes"]) if class_ else None
+    if guidance is not None and saved["classes"] and not class_:
+        raise UserError("--guidance needs --class: without a class nothing is guided to")
+    w = drawing.choose_guidance(method, guidance, y)
+    y = None if y is None else y.to(where)
+    inputs = [one.to(where) for one in read_words(verb, words, saved)]
+    name = drawing.picture_name(saved, [verb, *words, f"seed{seed}"], made_by, parameters)
+    named = out is not None
+    out = Path(out) if named else drawing.run_folder(path) / "samples" / f"{name}.png"
+    outputs = [out, out.with_suffix(".npy")] if verb == "invert" else [out]
+    for output, ending in zip(outputs, (".png", ".npy")):
+        drawing.prepare(output, ending, named=named)
+
+    with torch.no_grad(), drawing.counted(method, n) as cost, drawing.guided(method, w):
+        picture = function(method, inputs, y, seed, **options)
+    print(f"{verb}: {cost}" + drawing.guidance_note(y, w))
+    if rank() == 0:
+        images.save_grid(picture.images.float().cpu(), out, picture.columns, picture.labels)
+        if picture.latent is not None:
+            with checkpoint.written_whole(outputs[1]) as file:
+                np.save(file, picture.latent.cpu().numpy())
+        print("wrote " + " and ".join(map(str, outputs)))
+    return out
+
+
+def check_options(verb, words, options, class_):
+    """UserError for words and values that do not suit the verb."""
+    for flag, low, high in (("n", 1, 10_000), ("resample", 1, 1000), ("steps", 2, 10**6)):
+        check_range(flag, options.get(flag, low), low, high)
+    if not 0 < options.get("at", 1) <= 1:
+        raise UserError(f"--at must lie above 0, up to 1, got {options['at']:g}")
     if len(class_) > 1:
-        raise ValueError("--class takes one class here")
-    method, checkpoint = load(path, ema=not raw, device=device)
-    D, device = denoiser(method), next(method.parameters()).device
-    out = Path(out or Path(path).parent / "samples" / f"{verb}.png")
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} must end in .png")
-    if class_ or guidance is not None:
-        guide(method, guidance, choose_labels(1, class_, checkpoint["classes"]))
-    y = choose_labels(n, class_, checkpoint["classes"]).to(device) if class_ else None    # else the null class
-    pictured = sources[:1] if verb == "inpaint" else sources
-    held = held_out(checkpoint) if any(source.isdigit() for source in pictured) else []
-    images = [read_image(source, checkpoint, held).to(device) for source in pictured]
-    noise = seeded_noise([(seed, i) for i in range(n)])
-    one = None if y is None else y[:1]
+        raise UserError("--class takes one class here")
     if verb == "inpaint":
-        mask = read_mask(sources[1], checkpoint["shape"][1:]).to(device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with Cost(method, n if verb in ("inpaint", "interpolate", "vary") else 1) as cost:
-        if verb == "noise":
-            rows, labels, columns = [noised(D, images[0], seed)], ["x", "x_0"], 8
-            rows.append(torch.cat([D(x, sigma, one) for x, sigma in zip(rows[0].split(1), levels(D))]))
-            rows[0] = rows[0] / (1 + torch.tensor(levels(D), device=device).view(-1, 1, 1, 1))      # to be seen
-        elif verb == "inpaint":
-            rows, labels, columns = [images[0], torch.where(mask, 0, images[0]), inpaint(D, images[0], mask, noise, y, steps, resample, n)], (), None
-        elif verb == "invert":
-            z = ode_invert(D, images[0], one, steps=steps, rho=3)
-            back = draw(ode_sample(D, z, one, steps=steps, rho=3))
-            np.save(out.with_suffix(".npy"), z.cpu().numpy())
-            print(f"latent, std {z.std():.3f}, in {out.with_suffix('.npy')}; reconstructed to {127.5 * (back - images[0]).square().mean().sqrt():.2f} of 255 (RMSE)")
-            rows, labels, columns = [images[0], z / 2, back], (), 3
-        elif verb == "interpolate":
-            rows, labels, columns = [images[0], interpolate(method, *images, at, latent, seed, y, steps, n), images[1]], (), n + 2
-        else:
-            rows, labels, columns = [images[0], vary(method, images[0], at, noise, seed, y, steps, n)], (), None
-    cost.says("pictures")
-    pixels.save_grid(torch.cat([row.float().cpu() for row in rows]), out, columns, labels)
-    print(f"wrote {out}")
+        if len(words) + (options["mask"] is not None) != 2 or not words:
+            raise UserError("inpaint takes an image, and --mask lower or the file of a mask")
+    elif verb == "interpolate":
+        if len(words) != 2:
+            raise UserError(f"interpolate takes two images, got {len(words)}")
+    elif len(words) != 1:
+        raise UserError(f"{verb} takes one image, got {len(words)}")
 
 
-def held_out(checkpoint):
-    """The images that were held out of the run's data, (N, C, H, W)."""
-    return hold_out(*load_like(checkpoint, checkpoint["config"]["data"]), checkpoint["config"]["overfit"])[1][0]
+# The verbs: (method, what `read_words` gives, classes (n,) or None, seed) -> a Picture
 
 
-def read_image(source, checkpoint, held):
-    """(1, C, H, W) in [-1, 1], of the checkpoint's shape: a file, cropped and resized to it, or the number of a held-out image."""
-    C, *size = checkpoint["shape"]
-    if source.isdigit():
-        if int(source) >= len(held):
-            raise ValueError(f"there is no image {source}: {len(held)} were held out")
-        return pixels.to_float(held[int(source)][None])
-    if checkpoint.get("latents"):
-        raise ValueError("this model was trained on latents: name a held-out one by its number")
-    picture = open_image(source)
-    if picture.size != tuple(size[::-1]):
-        print(f"note: {source} is {picture.width}x{picture.height}; cropped about its centre and resized to {size[1]}x{size[0]}")
-    x = torch.tensor(np.asarray(pixels.fit(pixels.to_rgb(picture), tuple(size)).convert("L" if C == 1 else "RGB")))
-    return pixels.to_float(x[None, None] if C == 1 else x.permute(2, 0, 1)[None])
-
-
-def read_mask(source, size):
-    """(1, 1, H, W), True where to draw anew: the pixels of a picture lighter than middle gray."""
-    picture = open_image(source)
-    if picture.size != tuple(size[::-1]):
-        print(f"note: the mask is {picture.width}x{picture.height}; resized to {size[1]}x{size[0]}")
-    mask = torch.tensor(np.asarray(pixels.to_rgb(picture).convert("L").resize(size[::-1], Image.NEAREST)) > 127)
-    if mask.all() or not mask.any():
-        raise ValueError(f"the mask {source} is all {'white: nothing is kept' if mask.all() else 'black: nothing is drawn'}")
-    return mask[None, None]
-
-
-def open_image(source):
-    try:
-        picture = Image.open(source)
-        picture.load()
-        return picture
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"cannot read {source}: {error}")
-
-
-def draw(chain):
-    for x, _ in chain:
-        pass
-    return x
-
-
-def levels(D, n=8):
-    """Noise levels from almost none to so much that nothing is left, evenly spaced in log sigma."""
+def noise(method, inputs, y, seed):
+    """The image under ever more of the same noise; below, what the denoiser makes of it."""
+    (x_0,) = inputs
+    D = denoiser(method)
     low, high = max(0.05, D.sigma_min), min(20.0, D.sigma_max)
-    return [float(D.round_sigma(low * (high / low) ** (k / (n - 1)))) for k in range(n)]
-
-
-def noised(D, x_0, seed):
-    """The image under ever more of the same noise, (8, C, H, W)."""
     eps = seeded_noise([(seed, 0)])(x_0)
-    return torch.cat([x_0 + sigma * eps for sigma in levels(D)])                          # EDM Sec. 2
+    noisy = []
+    denoised = []
+    for k in range(8):
+        sigma = float(D.round_sigma(low * (high / low) ** (k / 7)))
+        x = x_0 + sigma * eps  # EDM Sec. 2
+        noisy.append(x / (1 + sigma))  # to be seen
+        denoised.append(D(x, sigma, y))
+    return Picture(torch.cat(noisy + denoised), columns=8, labels=("x", "x_0"))
 
 
-@torch.no_grad()
-def inpaint(D, x_0, mask, randn_like, y, steps, resample, n):
-    """n ways (n, C, H, W) to fill in mask. At each level the known part is the image under fresh noise of that level; each
-    step is taken `resample` times, going back up in between, so that both parts come to agree (RePaint, Lugmayr 2022)."""
-    sigmas = [float(D.round_sigma(s)) for s in sigma_steps(steps, sigma_min=max(0.002, D.sigma_min), sigma_max=min(80, D.sigma_max))] + [0.0]
-    x_0 = x_0.expand(n, -1, -1, -1)
+def inpaint(
+    method,
+    inputs,
+    y,
+    seed,
+    *,
+    mask: Literal["lower", "upper", "left", "right", "center"] | None = None,  # to draw anew
+    n: int = 8,  # pictures to draw
+    steps: int = 50,  # time steps
+    resample: int = 5,  # times that each step is taken; more make the new part fit better
+):
+    """The image, what is kept of it, and n ways to fill in the rest."""
+    x_0 = inputs[0]
+    hidden = part_of(x_0, mask) if mask is not None else inputs[1]
+    randn_like = seeded_noise([(seed, i) for i in range(n)])
+    copies = x_0.expand(n, -1, -1, -1)
+    filled = fill_in(denoiser(method), copies, hidden, y, steps, resample, randn_like)
+    return Picture(torch.cat([x_0, x_0.masked_fill(hidden, 0), filled]))
+
+
+def invert(
+    method,
+    inputs,
+    y,
+    seed,
+    *,
+    steps: int = 50,  # time steps
+):
+    """The image, its latent, and what the deterministic sampler makes of that."""
+    (x_0,) = inputs
+    D = denoiser(method)
+    z = ode_invert(D, x_0, y, steps=steps, rho=RHO)
+    back = last(ode_sample(D, z, y, steps=steps, rho=RHO))
+    error = 127.5 * (back - x_0).square().mean().sqrt()
+    print(f"latent of std {z.std():.3f}; reconstructed to {error:.2f} of 255 (RMSE)")
+    return Picture(torch.cat([x_0, z / 2, back]), columns=3, latent=z)
+
+
+def interpolate(
+    method,
+    inputs,
+    y,
+    seed,
+    *,
+    at: float = 0.5,  # how far along the chain to go into the noise, 0 to 1
+    latent: bool = False,  # between inverted latents, on the sphere
+    n: int = 8,  # pictures between the two images
+    steps: int = 50,  # time steps
+):
+    """The first image, n on the way to the second, and the second: latents are mixed."""
+    a, b = inputs
+    if latent:
+        between = between_latents(denoiser(method), a, b, y, n, steps)
+    else:
+        between = between_noisy(method, a, b, y, n, steps, at, seed)
+    return Picture(torch.cat([a, between, b]), columns=n + 2)
+
+
+def vary(
+    method,
+    inputs,
+    y,
+    seed,
+    *,
+    at: float = 0.5,  # how far along the chain to go into the noise, 0 to 1
+    n: int = 8,  # pictures to draw
+    steps: int = 50,  # time steps
+):
+    """The image, and n that come out of the same x_t by different noise in the chain."""
+    (x_0,) = inputs
+    sigma, back = way_back(method, at, steps)
+    x = x_0 + sigma * seeded_noise([(seed, 10**6)])(x_0)
+    randn_like = seeded_noise([(seed, i) for i in range(n)])
+    varied = back(x.expand(n, -1, -1, -1), y, randn_like)  # DDPM Fig. 7
+    return Picture(torch.cat([x_0, varied]))
+
+
+VERBS = {
+    "noise": noise,
+    "inpaint": inpaint,
+    "invert": invert,
+    "interpolate": interpolate,
+    "vary": vary,
+}
+
+
+# How they are done
+
+
+def fill_in(D, x_0, hidden, y, steps, resample, randn_like):
+    """x_0 (n, C, H, W) with the pixels that are `hidden`, (1, 1, H, W), drawn anew.
+
+    At each level the known part is the image under fresh noise of that level; each step is
+    taken `resample` times, going back up in between, so that both parts come to agree (RePaint,
+    Lugmayr et al. 2022).
+    """
+    low, high = max(0.002, D.sigma_min), min(80.0, D.sigma_max)
+    levels = sigma_steps(steps, sigma_min=low, sigma_max=high)
+    sigmas = [float(D.round_sigma(sigma)) for sigma in levels] + [0.0]
     x = sigmas[0] * randn_like(x_0)
     for sigma, lower in zip(sigmas, sigmas[1:]):
-        for again in reversed(range(resample if lower > 0 else 1)):
-            x = torch.where(mask, x, x_0 + sigma * randn_like(x_0))
-            x = x + (lower - sigma) * (x - D(x, sigma, y)) / sigma                        # an Euler step of EDM's Algorithm 1
-            if again:
-                x = x + (sigma ** 2 - lower ** 2) ** 0.5 * randn_like(x_0)
-    return torch.where(mask, x, x_0)
+        times = resample if lower > 0 else 1
+        for left in reversed(range(times)):
+            x = torch.where(hidden, x, x_0 + sigma * randn_like(x_0))
+            x = x + (lower - sigma) * (x - D(x, sigma, y)) / sigma  # EDM Algorithm 1, Euler
+            if left > 0:
+                x = x + (sigma**2 - lower**2) ** 0.5 * randn_like(x_0)
+    return torch.where(hidden, x, x_0)
 
 
-def level_at(method, at):
-    """The noise level that lies `at` (0 to 1) of the way along the method's own chain."""
-    if not isinstance(method, EDM):
-        return denoiser(method).sigma[max(1, round(at * method.T)) - 1].item()
-    return sigma_steps(1001)[round(1000 * (1 - at))].item()
+def between_latents(D, a, b, y, n, steps):
+    """n images on the way from a to b, each (1, C, H, W), along the sphere of latents."""
+    one = None if y is None else y[:1]
+    z_a = ode_invert(D, a, one, steps=steps, rho=RHO)
+    z_b = ode_invert(D, b, one, steps=steps, rho=RHO)
+    angle = torch.acos((z_a * z_b).sum() / (z_a.norm() * z_b.norm()))
+    share = torch.linspace(0, 1, n, device=a.device).view(-1, 1, 1, 1)
+    z = torch.sin((1 - share) * angle) * z_a + torch.sin(share * angle) * z_b
+    return last(ode_sample(D, z / torch.sin(angle), y, steps=steps, rho=RHO))
 
 
-def finish(method, x, sigma, y, steps, randn_like):
-    """From images under noise of level sigma to images: DDPM's ancestral chain from that t, or EDM's stochastic sampler with
-    about as much fresh noise as the reverse SDE has, dt / t a step."""
-    if isinstance(method, EDM):
-        return draw(ode_sample(method, x / sigma, y, steps=steps, sigma_max=sigma, randn_like=randn_like, S_churn=math.log(sigma / 0.002)))
-    t = 1 + nearest(denoiser(method).sigma, sigma).item()
-    tau = sorted({max(1, round(1 + (t - 1) * k / (steps - 1))) for k in range(steps)})
-    return draw(method.sample(method.alpha_bar[t].sqrt().to(x.dtype) * x, y, steps=tau, randn_like=randn_like))
+def between_noisy(method, a, b, y, n, steps, at, seed):
+    """n images on the way from a to b, each (1, C, H, W), mixed under noise; DDPM Sec. 4.4."""
+    sigma, back = way_back(method, at, steps)
+    eps_a, eps_b = seeded_noise([(seed, 0), (seed, 1)])(torch.cat([a, b])).split(1)
+    share = torch.linspace(0, 1, n, device=a.device).view(-1, 1, 1, 1)
+    x = (1 - share) * (a + sigma * eps_a) + share * (b + sigma * eps_b)
+    return back(x, y, seeded_noise([(seed, 2)] * n))  # the noise of the chain alike
 
 
-def interpolate(method, a, b, at, latent, seed, y, steps, n):
-    """n images (n, C, H, W) on the way from a to b: latents are mixed, not images."""
-    lam = torch.linspace(0, 1, n, device=a.device).view(-1, 1, 1, 1)
-    if latent:
-        D, one = denoiser(method), None if y is None else y[:1]
-        z_a, z_b = (ode_invert(D, x, one, steps=steps, rho=3) for x in (a, b))
-        angle = torch.acos((z_a * z_b).sum() / (z_a.norm() * z_b.norm()))
-        z = (torch.sin((1 - lam) * angle) * z_a + torch.sin(lam * angle) * z_b) / torch.sin(angle)
-        return draw(ode_sample(D, z, y, steps=steps, rho=3))
-    sigma, eps = level_at(method, at), seeded_noise([(seed, 0), (seed, 1)])(torch.cat([a, b]))
-    x_a, x_b = a + sigma * eps[:1], b + sigma * eps[1:]
-    return finish(method, (1 - lam) * x_a + lam * x_b, sigma, y, steps, seeded_noise([(seed, 2)] * n))  # DDPM Sec. 4.4, the chain's noise alike
+def way_back(method, at, steps):
+    """The noise level `at` (0 to 1) of the way along the method's own chain, and its way back.
+
+    back(x, y, randn_like): images (B, C, H, W) under noise of that level -> images. Of a method
+    with a chain of t, its own sampler from that t; of others EDM's stochastic sampler, with as
+    much fresh noise as the reverse SDE has, dt / t a step.
+    """
+    if hasattr(method, "kept_steps"):
+        t = max(1, round(at * method.T))
+        alpha_bar = method.alpha_bar[t]
+        kept = sorted({max(1, round(1 + (t - 1) * k / (steps - 1))) for k in range(steps)})
+
+        def back(x, y, randn_like):
+            x_t = alpha_bar.sqrt().to(x.dtype) * x
+            return last(method.sample(x_t, y, steps=kept, randn_like=randn_like))
+
+        return ((1 - alpha_bar) / alpha_bar).sqrt().item(), back
+
+    D = denoiser(method)
+    low, high = max(0.002, D.sigma_min), min(80.0, D.sigma_max)
+    levels = sigma_steps(1001, sigma_min=low, sigma_max=high)
+    sigma = levels[min(999, round(1000 * (1 - at)))].item()
+    churn = math.log(sigma / low)
+
+    def back(x, y, randn_like):
+        options = dict(steps=steps, sigma_max=sigma, S_churn=churn, randn_like=randn_like)
+        return last(ode_sample(D, x / sigma, y, **options))
+
+    return sigma, back
 
 
-def vary(method, x_0, at, noise, seed, y, steps, n):
-    """n images (n, C, H, W) that come out of the same x_t by different noise in the chain."""
-    sigma = level_at(method, at)
-    x = x_0 + sigma * seeded_noise([(seed, 10 ** 6)])(x_0)
-    return finish(method, x.expand(n, -1, -1, -1), sigma, y, steps, noise)                # DDPM Fig. 7
+# What the words name
+
+
+def read_words(verb, words, saved):
+    """The images, (1, C, H, W) in [-1, 1], and the mask, (1, 1, H, W) bool, that words name."""
+    pictured = words[:1] if verb == "inpaint" else words
+    held_out = []
+    if any(word.isdecimal() for word in pictured):
+        data = datasets.load_like(saved, saved["config"]["data"])
+        held_out = datasets.hold_out(*data, saved["config"]["overfit"])[1][0]
+    inputs = [read_image(word, saved, held_out) for word in pictured]
+    if len(words) > len(pictured):
+        inputs.append(read_mask(words[1], saved["shape"][1:]))
+    return inputs
+
+
+def read_image(word, saved, held_out):
+    """A file, cropped and resized to the run's shape, or the number of a held-out image."""
+    channels, *size = saved["shape"]
+    if word.isdecimal():
+        if int(word) >= len(held_out):
+            raise UserError(f"there is no image {word}: {len(held_out)} were held out")
+        return images.to_float(held_out[int(word)][None])
+    if saved["latents"]:
+        raise UserError("this model was trained on latents: name a held-out one by its number")
+    picture = images.open_image(word)
+    if picture.size != tuple(reversed(size)):
+        is_now = f"{picture.width}x{picture.height}; cropped about its centre and resized"
+        print(f"note: {word} is {is_now} to {size[1]}x{size[0]}")
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.array(images.fit(images.to_rgb(picture), tuple(size)).convert(mode))
+    x = torch.from_numpy(pixels).reshape(*size, -1).permute(2, 0, 1)
+    return images.to_float(x[None])
+
+
+def read_mask(word, size):
+    """Where to draw anew: the pixels of a picture that are lighter than middle gray."""
+    picture = images.open_image(word)
+    if picture.size != tuple(reversed(size)):
+        is_now = f"{picture.width}x{picture.height}; resized to {size[1]}x{size[0]}"
+        print(f"note: the mask is {is_now}")
+    gray = images.to_rgb(picture).convert("L").resize((size[1], size[0]), Image.NEAREST)
+    hidden = torch.from_numpy(np.array(gray)) > 127
+    if hidden.all():
+        raise UserError(f"the mask {word} is all white: nothing is kept")
+    if not hidden.any():
+        raise UserError(f"the mask {word} is all black: nothing is drawn")
+    return hidden[None, None]
+
+
+def part_of(x_0, name):
+    """The mask (1, 1, H, W) of a half of the image, or of its middle."""
+    H, W = x_0.shape[2:]
+    rows, columns = {
+        "lower": (slice(H // 2, H), slice(W)),
+        "upper": (slice(H // 2), slice(W)),
+        "left": (slice(H), slice(W // 2)),
+        "right": (slice(H), slice(W // 2, W)),
+        "center": (slice(H // 4, H - H // 4), slice(W // 4, W - W // 4)),
+    }[name]
+    hidden = torch.zeros(1, 1, H, W, dtype=torch.bool, device=x_0.device)
+    hidden[:, :, rows, columns] = True
+    return hidden
+
+
+# The command line
 
 
 def main(argv):
-    parser = Parser(prog="edit.py", usage="python edit.py CKPT noise|inpaint|invert|interpolate|vary IMAGE ... [flags]", description=__doc__)
-    parser.add_argument("path", help="the checkpoint")
-    parser.add_argument("verb", choices=FLAGS)
-    parser.add_argument("sources", nargs="*", help="images")
-    add_flags(parser, "editing", edit)
-    if not argv:
-        return print(__doc__)
-    given = parser.parse(argv, "edit.py")
-    path, verb, sources = given.pop("path"), given.pop("verb"), list(given.pop("sources"))
-    count, flags = FLAGS[verb]
-    if len(sources) != count:
-        raise ValueError(f"{verb} takes {'an image and a mask' if verb == 'inpaint' else 'two images' if count == 2 else 'one image'}, got {len(sources)}")
-    for flag in given:
-        owners = [name for name, (_, own) in FLAGS.items() if flag in own]
-        if owners and verb not in owners:
-            raise ValueError(f"--{flag} goes with {', '.join(owners)}, not with {verb}")
-    with torch.no_grad():
-        edit(path, verb, sources, **given)
+    join()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    if len(argv) < 2 or argv[1] not in VERBS:
+        got = " ".join(argv[1:2]) or "nothing"
+        raise UserError(f"after the run comes one of {', '.join(VERBS)}; got {got}")
+    path, verb, *rest = argv
+    usage = f"python edit.py RUN {verb} IMAGE ... [flags]"
+    parser = Parser(prog="edit.py", usage=usage, description=VERBS[verb].__doc__)
+    parser.add_argument("words", nargs="*", metavar="IMAGE", help="a file, or a number")
+    names = add_flags(parser, verb, VERBS[verb])
+    add_flags(parser, "every verb", edit)
+    given = parser.parse(rest, hints_of_other_verbs(verb))
+    words = given.pop("words")
+    options = {name: value for name, value in given.items() if name in names}
+    others = {name: value for name, value in given.items() if name not in names}
+    edit(path, verb, words, options, **others)
+
+
+def hints_of_other_verbs(verb):
+    """{flag: sentence} of the flags that other verbs have."""
+    hints = {}
+    for flag in {flag for function in VERBS.values() for flag in flags_of(function)}:
+        owners = [name for name, function in VERBS.items() if flag in flags_of(function)]
+        hints[flag] = f"--{flag} goes with {', '.join(owners)}, not with {verb}"
+    return hints
 
 
 if __name__ == "__main__":
-    command(main)
+    flags.run(main)
