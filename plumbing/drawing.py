@@ -2,6 +2,7 @@
 import contextlib
 import math
 import re
+import tempfile
 import time
 import zlib
 from dataclasses import dataclass
@@ -268,4 +269,14 @@ def prepare(path, ending, named):
         raise UserError(f"--out {path} must name a file that ends in {ending}")
     if named and path.is_file():
         print(f"note: {path} is there already and will be overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+
+
+def make_folder(folder):
+    """Make a folder, and be sure before any work that files can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}") from error
