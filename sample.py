@@ -245,7 +245,7 @@ def prepare(out, path, name, suffix):
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} must end in .png, or be a new or empty folder")
     else:
-        out.mkdir(parents=True, exist_ok=True)
+        drawing.make_folder(out)
     return out
 
 
