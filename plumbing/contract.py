@@ -73,7 +73,7 @@ def try_sampler(method, x, y):
     steps = method.sample(x, y, randn_like=torch.randn_like)
     if not hasattr(steps, "__next__"):
         raise UserError(lacks(method, f"{SAMPLE} that yields (x, x_0_hat) after each step"))
-    pair = next(steps)
+    pair = next(steps, None)
     if not isinstance(pair, tuple) or [shape_of(one) for one in pair] != [x.shape, x.shape]:
         raise UserError(lacks(method, f"{SAMPLE} whose x and x_0_hat have the noise's shape"))
 
