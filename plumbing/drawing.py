@@ -153,7 +153,7 @@ def in_batches(function, n, batch):
             parts.append(function(share[done : done + batch]))
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
-                raise
+                raise UserError("not one image fits in the GPU's memory: try --device cpu") from None
             batch = batch // 2
             continue
         done += batch

@@ -1,232 +1,477 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
-from test_train import do, pictures  # noqa: F401 (fixtures)
 
 import sample
-import train
-from train import seeded_noise
+from plumbing import checkpoint, drawing
+from plumbing.device import seeded_noise
+from plumbing.flags import UserError
+from unet import Guided
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    return tmp_path_factory.mktemp("trained")
-
-
-def a_run(do, trained, tmp_path, name, flags):  # trained once, copied for each test
-    if not (trained / name / "ckpt.pt").exists():
-        assert do(train, f"{flags} --out {trained / name}")[0] == 0
-    shutil.copytree(trained / name, tmp_path / "run")
-    return do
-
-
-@pytest.fixture
-def run(do, trained, tmp_path):
-    return a_run(do, trained, tmp_path, "pdm", "--method pdm --patch 2 --conditional --steps 2 --lr 0.01 --warmup 0")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with tiny runs: run (PDM with classes), ddpm, edm, crops (Patch Diffusion)."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.write_run(folder / "run", "pdm", classes=3, patch=(2,))
+    tiny.write_run(folder / "ddpm", "ddpm")
+    tiny.write_run(folder / "edm", "edm")
+    tiny.write_run(folder / "crops", "patch_diffusion", classes=3)
+    tiny.write_run(folder / "latents", "edm", shape=(5, 8, 8), latents=True)
+    return folder
 
 
 @pytest.fixture
-def run_on_crops(do, trained, tmp_path):
-    return a_run(do, trained, tmp_path, "crops", "--method patch_diffusion --steps 2 --lr 0.01 --warmup 0 --conditional --mults 1 1")
+def draw(runs, tmp_path, monkeypatch, capsys):
+    """draw("run --n 2 --out a") -> (exit code, stdout, stderr), beside copies of the runs."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    command = tiny.Command(monkeypatch, capsys)
+
+    def draw(line):
+        return command(sample, line)
+
+    return draw
 
 
-def drawn(folder):
-    return [np.asarray(Image.open(p)).astype(int) for p in sorted(folder.iterdir())]
+@pytest.fixture
+def images(draw):
+    """images("run --n 2") -> the images that it draws, (n, H, W, 3) of integers."""
+
+    def images(line):
+        shutil.rmtree("drawn", ignore_errors=True)
+        code, _, err = draw(f"{line} --out drawn")
+        assert code == 0, err
+        return read("drawn")
+
+    return images
 
 
-def test_image_i_depends_on_the_seed_and_i_alone(run, tmp_path):
-    run(sample, "run/ckpt.pt --n 5 --steps 3 --out all --class 0")
-    run(sample, "run/ckpt.pt --n 5 --steps 3 --out batches --batch 2 --class 0")
-    run(sample, "run/ckpt.pt --n 2 --steps 3 --out few --class 0")
-    run(sample, "run/ckpt.pt --n 2 --steps 3 --out other --seed 1 --class 0")
-    images = drawn(tmp_path / "all")
-    for folder in ("batches", "few"):
-        assert all(np.abs(a - b).max() <= 1 for a, b in zip(images, drawn(tmp_path / folder)))
-    assert all(np.abs(a - b).max() > 20 for a, b in zip(images, images[1:] + drawn(tmp_path / "other")))
-    assert len(drawn(tmp_path / "batches")) == 5
+def read(folder):
+    files = sorted(Path(folder).iterdir())
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in files])
+
+
+def same(a, b):
+    """Equal, but for one step of 255, since sums of floats depend on the batch's size."""
+    return np.abs(a - b).max() <= 1
+
+
+# Noise
+
+
+@pytest.mark.parametrize("flags", ["--batch 2", "--n 2", "--n 3 --batch 1"])
+def test_image_i_depends_on_the_seed_and_i_alone(images, flags):
+    five = images("run --n 5 --steps 3 --class 0")
+    others = images(f"run --n 5 --steps 3 --class 0 {flags}")
+    assert same(five[: len(others)], others)
+
+
+def test_images_of_one_seed_differ_and_so_do_seeds(images):
+    five = images("run --n 5 --steps 3 --class 0")
+    other = images("run --n 5 --steps 3 --class 0 --seed 1")
+    for a, b in zip(five, [*five[1:], other[0]]):
+        assert np.abs(a - b).max() > 20
+
+
+def test_seeds_name_the_images_and_each_is_the_first_of_its_seed(draw):
+    draw("run --seeds 3-4,10 --steps 3 --class 1 --out picked")
+    names = sorted(path.name for path in Path("picked").iterdir())
+    assert names == ["000003.png", "000004.png", "000010.png"]
+    draw("run --n 1 --seed 10 --steps 3 --class 1 --out alone")
+    assert same(read("picked")[2], read("alone")[0])
 
 
 def test_seeded_noise_is_standard_normal_and_goes_on_with_every_call():
     randn_like = seeded_noise([(0, i) for i in range(100)])
-    a, b = randn_like(torch.empty(100, 1, 20, 20)), randn_like(torch.empty(100, 1, 20, 20))
+    a = randn_like(torch.empty(100, 1, 20, 20))
+    b = randn_like(torch.empty(100, 1, 20, 20))
     for x in (a, b):
-        assert abs(x.mean()) < 5 / 200 and abs(x.std() - 1) < 5 / 283
-    assert abs((a * b).mean()) < 5 / 200 and abs((a[1:] * a[:-1]).mean()) < 5 / 199
+        assert abs(x.mean()) < 5 / 200
+        assert abs(x.std() - 1) < 5 / 283
+    assert abs((a * b).mean()) < 5 / 200
+    assert abs((a[1:] * a[:-1]).mean()) < 5 / 199
     assert torch.equal(seeded_noise([(0, 7)])(a[:1]), a[7:8])
 
 
-def test_classes_are_drawn_in_turn_or_one_by_name_or_number(run, tmp_path):
-    run(sample, "run/ckpt.pt --n 4 --steps 3 --out turn")
-    for c in "012":
-        run(sample, f"run/ckpt.pt --n 4 --steps 3 --out class{c} --class {c}")
-    images = drawn(tmp_path / "turn")
+# Classes and guidance
+
+
+def test_classes_are_drawn_in_turn_or_one_by_name_or_number(images):
+    in_turn = images("run --n 4 --steps 3")
     for i in range(4):
-        assert np.array_equal(images[i], drawn(tmp_path / f"class{i % 3}")[i])
-    assert not np.array_equal(images[0], drawn(tmp_path / "class1")[0])
+        assert same(in_turn[i], images(f"run --n 4 --steps 3 --class {i % 3}")[i])
+    assert not same(in_turn[0], images("run --n 1 --steps 3 --class 1")[0])
 
 
-def test_guidance_changes_the_picture_and_is_by_default_the_method_s_own(run, tmp_path):
-    for w in ("1.0", "1.5", "2.0"):
-        run(sample, f"run/ckpt.pt --n 2 --steps 3 --out w{w} --class 1 --guidance {w}")
-    run(sample, "run/ckpt.pt --n 2 --steps 3 --out plain --class 1")
-    assert np.array_equal(drawn(tmp_path / "w1.5"), drawn(tmp_path / "plain"))
-    assert not np.array_equal(drawn(tmp_path / "w1.0"), drawn(tmp_path / "plain")) and not np.array_equal(drawn(tmp_path / "w2.0"), drawn(tmp_path / "plain"))
+@pytest.mark.parametrize("run, weight", [("run", 1.5), ("crops", 1.3)])
+def test_guidance_is_by_default_the_method_s_own_and_printed(draw, images, run, weight):
+    line = f"{run} --n 2 --steps 3 --class 1"
+    by_default = images(line)
+    assert same(by_default, images(f"{line} --guidance {weight}"))
+    assert not same(by_default, images(f"{line} --guidance 1"))
+    assert not same(by_default, images(f"{line} --guidance 3"))
+    assert f"guidance {weight}\n" in draw(line)[1]
 
 
-def test_clip_and_variance_are_those_of_training_unless_given(do, tmp_path):
-    assert do(train, "--method ddpm --steps 4 --lr 0.01 --warmup 0 --out ddpm")[0] == 0
-    for name, flags in (("plain", ""), ("same", "--clip --variance large"), ("free", "--no-clip"), ("small", "--variance small"), ("bf16", "--precision bf16")):
-        assert do(sample, f"ddpm/ckpt.pt --n 2 --steps 5 --out {name} {flags}")[0] == 0
-    plain, same, free, small, bf16 = (np.array(drawn(tmp_path / name)).astype(int) for name in ("plain", "same", "free", "small", "bf16"))
-    assert (plain == same).all() and (plain != free).any() and (plain != small).any()
-    assert 0 < abs(plain - bf16).max() and abs(plain - bf16).mean() < 2                                       # of 255
-    for flags in ("--no-clip --sampler heun", "--variance small --sampler euler"):
-        code, _, err = do(sample, f"ddpm/ckpt.pt --n 2 --steps 5 --out no {flags}")
-        assert code == 2 and "does not suit --sampler" in err and not (tmp_path / "no").exists()
+def test_an_unconditional_model_has_no_guidance_to_speak_of(draw):
+    assert "guidance" not in draw("ddpm --n 1 --steps 3")[1]
 
 
-def test_steps_and_eta_reach_the_method_s_own_sampler(run, tmp_path):
-    for name, flags in (("a", "--steps 3"), ("b", "--steps 2,2"), ("c", "--steps 3 --eta 0"), ("d", "--steps 3 --raw")):
-        assert run(sample, f"run/ckpt.pt --n 1 --out {name} {flags}")[0] == 0
-    first = drawn(tmp_path / "a")
-    assert all(not np.array_equal(first, drawn(tmp_path / name)) for name in "bcd")
+def test_guidance_is_linear_in_the_network_s_output(draw):
+    method, _ = checkpoint.load("run")
+    x = torch.randn(2, 3, 8, 8)
+    t = torch.tensor([3.0, 20.0])
+    y = torch.tensor([0, 2])
+    with_class, without = method.net(x, t, y), method.net(x, t, None)
+    with drawing.guided(method, 2.5):
+        expected = without + 2.5 * (with_class - without)
+        torch.testing.assert_close(method.net(x, t, y), expected)
 
 
-def test_edm_s_samplers_serve_any_method_and_take_its_options(run, tmp_path):
-    for name, flags in (("own", ""), ("heun", "--sampler heun"), ("euler", "--sampler euler"), ("churn", "--sampler churn"), ("steps", "--sampler heun --steps 4"),
-                        ("rho", "--sampler heun --rho 3"), ("again", "--sampler heun --n 2 --class 1")):
-        assert run(sample, f"run/ckpt.pt --n 1 --steps 3 --class 1 --out {name} {flags}")[0] == 0
-    images = {path.name: drawn(path)[0] for path in tmp_path.iterdir() if path.is_dir() and path.name != "run"}
-    assert np.abs(images.pop("again") - images["heun"]).max() <= 1
-    assert len({image.tobytes() for image in images.values()}) == 6
+def test_the_network_is_itself_again_after_sampling_and_after_an_error(draw):
+    method, _ = checkpoint.load("run")
+    net = method.net
+    with drawing.counted(method, 1), drawing.guided(method, 3.0):
+        assert isinstance(method.net, Guided)
+    assert method.net is net
+    with pytest.raises(KeyError), drawing.changed(method, clip=False, net=None):
+        raise KeyError
+    assert method.net is net
+    assert method.clip
 
 
-@pytest.mark.parametrize("line, word", [
-    ("nothing.pt", "nothing.pt"), ("run/ckpt.pt --n 0", "--n"), ("run/ckpt.pt --batch 0", "--batch"), ("run/ckpt.pt --steps 31", "31"),
-    ("run/ckpt.pt --steps many", "many"), ("run/ckpt.pt --class cat", "cat"), ("run/ckpt.pt --class 3", "3"), ("run/ckpt.pt --width 3", "--width"),
-    ("run/ckpt.pt --out run", "--out"), ("--n 4", "path"), ("run/ckpt.pt --eta lots", "lots"), ("run/ckpt.pt --sampler dpm", "heun"),
-    ("run/ckpt.pt --S_churn 9", "--sampler heun"), ("run/ckpt.pt --sampler heun --eta 0", "--sampler own"), ("run/ckpt.pt --sampler heun --steps 1", "steps"),
-    ("run/ckpt.pt --sampler heun --sigma_min 3 --sigma_max 2", "sigma_min"), ("run/ckpt.pt --sampler churn --S_churn -1", "S_churn"),
-    ("run/ckpt.pt --sampler heun --alpha 0", "alpha"), ("run/ckpt.pt --sampler euler --schedule cosine", "vp"), ("run/ckpt.pt --device quantum", "quantum")])
-def test_a_mistake_is_one_error_line_and_writes_nothing(run, tmp_path, line, word):
-    before = sorted(tmp_path.rglob("*"))
-    code, _, err = run(sample, line)
-    assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith("error: ") and word in err
-    assert sorted(tmp_path.rglob("*")) == before
+@pytest.mark.parametrize("flags", ["--guidance 2", "--class 1"])
+def test_guidance_and_classes_need_a_conditional_model(draw, flags):
+    code, _, err = draw(f"ddpm {flags}")
+    assert code == 2
+    assert "--conditional" in err
 
 
-def test_guidance_and_classes_need_a_conditional_model(do):
-    do(train, "--method ddpm --steps 1 --out plain")
-    for flags in ("--guidance 2", "--class 1"):
-        code, _, err = do(sample, f"plain/ckpt.pt {flags}")
-        assert code == 2 and "--conditional" in err
+# Samplers
 
 
-# Patch Diffusion's canvas
-
-def test_windows_and_canvases_have_their_size_and_only_the_canvas_comes_with_a_note(run_on_crops, tmp_path):
-    for name, flags, size, note in (("whole", "", (16, 16), False), ("window", "--window 2 4 8 12", (12, 8), False), ("extend", "--canvas 16 24 --extend", (24, 16), True),
-                                    ("zoom", "--canvas 24 --zoom", (24, 24), True), ("plain", "--guidance 1", (16, 16), False)):
-        code, out, err = run_on_crops(sample, f"run/ckpt.pt --n 2 --steps 2 --out {name} {flags}")
-        assert code == 0 and ("not promised" in out) == note, err
-        assert [Image.open(p).size for p in (tmp_path / name).iterdir()] == [size] * 2
-    assert not np.array_equal(drawn(tmp_path / "whole")[0], drawn(tmp_path / "plain")[0])  # guidance is 1.3 by default
+def test_steps_and_eta_and_raw_weights_reach_the_method_s_own_sampler(images):
+    flags = ("--steps 3", "--steps 2,2", "--steps 3 --eta 0", "--steps 3 --raw")
+    drawn = [images(f"run --n 1 --class 1 {one}") for one in flags]
+    assert len({image.tobytes() for image in drawn}) == len(flags)
 
 
-@pytest.mark.parametrize("flags, word", [
-    ("--window 2 4 8", "y x h w"), ("--window 10 0 8 8", "16x16"), ("--window 0 0 8 8 --zoom", "--zoom"), ("--canvas 32 32", "--extend"),
-    ("--canvas 32 --extend --zoom", "--zoom"), ("--extend", "--canvas"), ("--canvas 17 --zoom", "16 or 18"), ("--out some.npy", ".png")])
-def test_a_place_that_cannot_be_is_one_error_line(run_on_crops, tmp_path, flags, word):
-    code, out, err = run_on_crops(sample, f"run/ckpt.pt --n 1 --steps 2 {flags}")
-    assert code == 2 and len(err.strip().splitlines()) == 1 and word in err and not list(tmp_path.rglob("seed0*"))
+def test_edm_s_samplers_serve_any_method_and_take_its_options(images):
+    samplers = (
+        "--sampler own",
+        "--sampler heun",
+        "--sampler euler",
+        "--sampler churn",
+        "--sampler heun --steps 4",
+        "--sampler heun --rho 3",
+    )
+    drawn = [images(f"run --n 1 --steps 3 --class 1 {one}") for one in samplers]
+    assert len({image.tobytes() for image in drawn}) == len(samplers)
+    again = images("run --n 2 --steps 3 --class 1 --sampler heun")
+    assert same(again[0], drawn[1][0])
 
 
-def test_other_methods_know_no_windows(run):
-    for flag in ("--window 0 0 8 8", "--canvas 32 --zoom"):
-        code, _, err = run(sample, f"run/ckpt.pt {flag}")
-        assert code == 2 and "belongs to patch_diffusion" in err
+@pytest.mark.parametrize(
+    "line, evaluations",
+    [
+        ("ddpm --steps 5", 5),
+        ("run --steps 5 --class 0", 10),  # guidance asks the network twice
+        ("run --steps 5 --class 0 --guidance 1", 5),
+        ("ddpm --sampler heun --steps 5", 9),
+        ("ddpm --sampler euler --steps 5", 5),
+    ],
+)
+def test_network_evaluations_are_counted(draw, line, evaluations):
+    assert f"{evaluations} network evaluations" in draw(f"{line} --n 3 --batch 2")[1]
 
 
-def test_latents_are_trained_on_halves_at_least_and_come_out_as_numbers(do, tmp_path):
-    np.save(tmp_path / "latents.npy", 3 * np.random.default_rng(0).standard_normal((50, 5, 8, 8)).astype(np.float32))
-    assert do(train, "--method patch_diffusion --data latents.npy --steps 6 --every 6 --out run --batch 8")[0] == 0
-    checkpoint = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
-    assert set(checkpoint["sizes"]) == {8, 4} and checkpoint["config"]["quarter"] is False
-    assert do(sample, "run/ckpt.pt --n 3 --steps 2")[0] == 0
-    drawn = np.load(tmp_path / "run/samples/seed0.npy")
-    assert drawn.shape == (3, 5, 8, 8) and drawn.dtype == np.float32 and np.isfinite(drawn).all()
-    assert do(sample, "run/ckpt.pt --n 1 --out x.png")[0] == 2
+def test_clip_and_variance_are_those_of_training_unless_given(images):
+    plain = images("ddpm --n 2 --steps 5")
+    assert (images("ddpm --n 2 --steps 5 --clip --variance large") == plain).all()
+    assert (images("ddpm --n 2 --steps 5 --no-clip") != plain).any()
+    assert (images("ddpm --n 2 --steps 5 --variance small") != plain).any()
 
 
-def test_latents_are_not_clipped_and_no_bound_of_8_bit_pixels_is_trained_on(do, tmp_path):
-    np.save(tmp_path / "latents.npy", 5 + np.random.default_rng(0).standard_normal((50, 4, 8, 8)).astype(np.float32))
-    code, out, _ = do(train, "--method ddpm --data latents.npy --steps 2 --every 2 --out run --batch 8 --grid 2")
-    assert code == 0 and "floats, so latents" in out and "in [-1, 1]" not in out
-    assert do(sample, "run/ckpt.pt --n 3 --steps 2")[0] == 0 and abs(np.load(tmp_path / "run/samples/seed0.npy")).max() > 1.5
-    for flags, word in (("iddpm", "--objective simple"), ("pdm --patch 2 --learn_variance", "--no-learn_variance")):
-        code, _, err = do(train, f"--method {flags} --data latents.npy --steps 2 --out no")
-        assert code == 2 and word in err and not (tmp_path / "no").exists()
+def test_bf16_is_near_fp32_and_not_the_same(images):
+    plain = images("ddpm --n 2 --steps 5")
+    difference = np.abs(images("ddpm --n 2 --steps 5 --precision bf16") - plain)
+    assert difference.max() > 0
+    assert difference.mean() < 2  # of 255
 
 
-def test_seeds_name_the_images_and_each_is_the_first_of_its_seed(run, tmp_path):
-    run(sample, "run/ckpt.pt --seeds 3-4,10 --steps 3 --class 1 --out picked")
-    assert sorted(p.name for p in (tmp_path / "picked").iterdir()) == ["000003.png", "000004.png", "000010.png"]
-    run(sample, "run/ckpt.pt --n 1 --seed 10 --steps 3 --class 1 --out alone")
-    assert np.abs(drawn(tmp_path / "picked")[2] - drawn(tmp_path / "alone")[0]).max() <= 1
+@pytest.mark.parametrize("flags", ["--no-clip --sampler heun", "--variance small --sampler heun"])
+def test_clip_and_variance_belong_to_the_method_s_own_sampler(draw, flags):
+    code, _, err = draw(f"ddpm --n 1 --steps 3 {flags} --out no")
+    assert code == 2
+    assert "does not suit --sampler" in err
 
 
-def test_a_row_for_each_class_or_weight_shares_its_noise_and_is_what_it_is_alone(run, tmp_path):
-    code, out, err = run(sample, "run/ckpt.pt --class all --n 2 --steps 3 --out rows")
-    assert code == 0 and sorted(p.name for p in (tmp_path / "rows").iterdir()) == ["0", "1", "2"] and out.count("network evaluations") == 3, err
-    run(sample, "run/ckpt.pt --class 2 --n 2 --steps 3 --out alone")
-    assert all(np.abs(a - b).max() <= 1 for a, b in zip(drawn(tmp_path / "rows/2"), drawn(tmp_path / "alone")))
-    assert any(np.abs(a - b).max() > 20 for a, b in zip(drawn(tmp_path / "rows/0"), drawn(tmp_path / "alone")))
-    assert run(sample, "run/ckpt.pt --guidance 0 1 3 --class 1 --n 2 --steps 3 --out w")[0] == 0
-    run(sample, "run/ckpt.pt --guidance 3 --class 1 --n 2 --steps 3 --out three")
-    a, b = drawn(tmp_path / "w/w_3"), drawn(tmp_path / "three")
-    assert all(np.abs(x - y).max() <= 1 for x, y in zip(a, b)) and any(np.abs(x - y).max() > 5 for x, y in zip(a, drawn(tmp_path / "w/w_1")))
-    run(sample, "run/ckpt.pt --class 0 2 --n 4 --steps 3 --out grid.png")
-    assert Image.open(tmp_path / "grid.png").size[1] == 2 * (16 * 8 + 2) + 2                                  # two rows of four, with room for labels
-    assert 4 * (16 * 8 + 2) + 2 < Image.open(tmp_path / "grid.png").size[0] < 4 * (16 * 8 + 2) + 60
+# Another canvas
 
 
-def test_checkpoints_are_compared_from_one_noise_each_under_options_that_all_understand(run, do, tmp_path):
-    assert do(train, "--method ddpm --steps 2 --out plain")[0] == 0
-    code, out, err = run(sample, "run/ckpt.pt --compare plain/ckpt.pt run/ckpt.pt --n 3 --steps 5 --out both")
-    names = ["1_run", "2_plain", "3_run"]
-    assert code == 0 and sorted(p.name for p in (tmp_path / "both").iterdir()) == names, err
-    first, second, third = (drawn(tmp_path / "both" / name) for name in names)
-    assert all((a == b).all() for a, b in zip(first, third)) and any((a != b).any() for a, b in zip(first, second))
-    do(train, "--method edm --steps 2 --out edm")
-    code, _, err = run(sample, "run/ckpt.pt --compare edm/ckpt.pt --steps 5 --eta 0.5")
-    assert code == 2 and "--eta" in err and "EDM" in err
-    code, _, err = run(sample, "run/ckpt.pt --compare plain/ckpt.pt --steps ddim10")
-    assert code == 2 and "--steps ddim10" in err
+@pytest.mark.parametrize("run", ["run", "ddpm", "edm", "crops"])
+@pytest.mark.parametrize("size, shape", [("8 12", (8, 12)), ("12", (12, 12))])
+def test_any_method_draws_on_another_canvas_and_quality_is_not_promised(draw, run, size, shape):
+    code, out, err = draw(f"{run} --n 2 --steps 3 --size {size} --out drawn")
+    assert code == 0, err
+    assert read("drawn").shape == (2, *shape, 3)
+    assert "note: trained on 8x8" in out
 
 
-def test_the_chain_is_shown_as_an_animation_and_as_a_strip_that_end_with_the_sample(run, tmp_path):
-    assert run(sample, "run/ckpt.pt --gif --n 2 --steps 30 --class 0 --out chain.gif")[0] == 0
-    animation = Image.open(tmp_path / "chain.gif")
-    assert animation.is_animated and 10 < animation.n_frames <= 80 and animation.size == (2 * (16 * 8 + 2) + 2,) * 2
-    assert run(sample, "run/ckpt.pt --strip --steps 30 --class 0 --out strip.png")[0] == 0
-    run(sample, "run/ckpt.pt --n 1 --steps 30 --class 0 --out one")
-    strip, zoom = np.asarray(Image.open(tmp_path / "strip.png")).astype(int), 4
-    assert strip.shape[0] == 2 * (16 * zoom + 2) + 2
-    last = strip[2:2 + 16 * zoom:zoom, -(16 * zoom + 2):-2:zoom]
-    assert np.abs(last - drawn(tmp_path / "one")[0]).max() <= 1
-    long = sample.record(lambda x, y, randn_like: ((torch.full((1, 1, 1, 1), float(k)),) * 2 for k in range(1000)), (1, 1, 1), [(0, 0)], None, "cpu")
-    values = [x.item() for x, _ in long]
-    assert values[-1] == 999 and 30 <= len(values) <= 61
-    assert len({b - a for a, b in zip(values, values[1:-1])}) == 1                              # evenly spaced
+def test_the_training_images_size_needs_no_note(draw):
+    assert "note" not in draw("run --n 1 --steps 3 --size 8")[1]
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--seeds 5-", "--seeds"), ("--seeds 3 --n 2", "--seeds"), ("--seeds 0-99999999999", "seeds"), ("--class 0 1 --guidance 1 2", "do not go together"),
-    ("--gif --strip", "do not go together"), ("--gif --out a.png", ".gif"), ("--class all --compare run/ckpt.pt", "do not go together"), ("--compare nothing.pt", "nothing.pt"),
-    ("--class 0 nine", "no class nine"), ("--n 0", "--n")])
-def test_a_mistake_in_rows_seeds_and_animations_is_one_line(run, tmp_path, flags, words):
-    code, _, err = run(sample, f"run/ckpt.pt --steps 2 {flags}")
-    assert code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1 and words in err and not list(tmp_path.rglob("seed*"))
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("run --size 9", "8 or 10"),
+        ("run --size 8 8 8", "height and width"),
+        ("run --size 0", "--size must lie"),
+        ("run --size 1000000", "--size must lie"),
+        ("run --size 8000 --n 1000000", "memory"),
+        ("crops --window 0 0 8 8", "--size h w --corner y x --image H W"),
+        ("crops --canvas 16 --extend", "--size"),
+        ("crops --zoom", "--size"),
+    ],
+)
+def test_a_canvas_that_cannot_be_is_one_line_that_says_what_can(draw, line, words):
+    assert_one_line(draw(line), words)
+
+
+# Rows
+
+
+def test_a_row_for_each_class_shares_its_noise_and_is_what_it_is_alone(draw):
+    code, out, err = draw("run --class all --n 2 --steps 3 --out rows")
+    assert code == 0, err
+    assert sorted(path.name for path in Path("rows").iterdir()) == ["0", "1", "2"]
+    assert out.count("network evaluations") == 3
+    draw("run --class 2 --n 2 --steps 3 --out alone")
+    assert same(read("rows/2"), read("alone"))
+    assert not same(read("rows/0"), read("alone"))
+
+
+def test_a_row_for_each_weight_is_what_it_is_alone(draw):
+    draw("run --guidance 0 1 3 --class 1 --n 2 --steps 3 --out rows")
+    draw("run --guidance 3 --class 1 --n 2 --steps 3 --out alone")
+    assert same(read("rows/w_3"), read("alone"))
+    assert not same(read("rows/w_1"), read("alone"))
+
+
+def test_rows_are_rows_of_the_picture_with_room_for_their_names(draw):
+    draw("run --class 0 2 --n 4 --steps 3 --out grid.png")
+    width, height = Image.open("grid.png").size
+    assert height == 2 * (8 * 16 + 2) + 2
+    assert 4 * (8 * 16 + 2) + 2 < width < 4 * (8 * 16 + 2) + 60
+
+
+def test_checkpoints_are_compared_from_the_same_noise(draw):
+    code, _, err = draw("run --compare ddpm run/ckpt.pt --n 3 --steps 5 --out rows")
+    assert code == 0, err
+    first, second, third = (read(f"rows/{name}") for name in ("1_run", "2_ddpm", "3_run"))
+    assert (first == third).all()
+    assert (first != second).any()
+
+
+def test_guidance_is_off_in_a_comparison_unless_asked_for(draw):
+    draw("run --compare crops --n 2 --steps 3 --out rows")
+    draw("run --n 2 --steps 3 --guidance 1 --out alone")
+    assert same(read("rows/run"), read("alone"))
+    assert draw("run --compare crops --n 2 --steps 3")[1].count("guidance 1\n") == 2
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("run --compare edm --steps 5 --eta 0.5", "--eta 0.5 does not suit the sampler of EDM"),
+        ("run --compare ddpm --steps ddim10", "--steps ddim10"),
+        ("run --compare latents --steps 3", "other shapes"),
+        ("run --compare nothing.pt", "nothing.pt"),
+    ],
+)
+def test_what_is_compared_must_go_together(draw, line, words):
+    assert_one_line(draw(line), words)
+
+
+# The chain
+
+
+def test_a_strip_ends_with_the_sample(draw, images):
+    assert draw("run --strip --steps 30 --class 0 --out strip.png")[0] == 0
+    strip = np.asarray(Image.open("strip.png")).astype(int)
+    zoom = 8
+    assert strip.shape[0] == 2 * (8 * zoom + 2) + 2
+    x_0_hat = strip[8 * zoom + 4 :]
+    last = x_0_hat[: 8 * zoom : zoom, -(8 * zoom + 2) : -2 : zoom]
+    assert same(last, images("run --n 1 --steps 30 --class 0")[0])
+
+
+def test_an_animation_shows_the_chain(draw):
+    assert draw("run --gif --n 2 --steps 30 --class 0 --out chain.gif")[0] == 0
+    animation = Image.open("chain.gif")
+    assert animation.is_animated
+    assert 10 < animation.n_frames <= 80
+
+
+def test_a_long_chain_is_recorded_evenly_and_to_its_end():
+    def count_to_1000(x, y, randn_like):
+        for k in range(1000):
+            yield torch.full((1, 1, 1, 1), float(k)), torch.zeros(1, 1, 1, 1)
+
+    values = [x.item() for x, _ in drawing.record(count_to_1000, (1, 1, 1), [(0, 0)])]
+    assert values[-1] == 999
+    assert 30 <= len(values) <= 61
+    assert len({b - a for a, b in zip(values, values[1:-1])}) == 1
+
+
+# Where it is written
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("ddpm --n 2 --steps 3 --eta 0", "step000003-seed0-n2-steps3-eta0.png"),
+        ("ddpm --n 2 --steps 3 --seed 7", "step000003-seed7-n2-steps3.png"),
+        ("ddpm --seeds 4,6-7 --steps 3", "step000003-seeds4,6-7-steps3.png"),
+        ("ddpm --n 1 --steps 3 --no-clip", "step000003-seed0-n1-no-clip-steps3.png"),
+        ("ddpm --steps 3 --strip", "step000003-seed0-steps3-strip.png"),
+        ("latents --n 2 --steps 3", "step000003-seed0-n2-steps3.npy"),
+        ("ddpm --n 2 --steps 3 --batch 1 --device cpu", "step000003-seed0-n2-steps3.png"),
+    ],
+)
+def test_a_default_name_tells_the_step_and_the_flags_that_made_the_picture(draw, line, name):
+    code, out, err = draw(line)
+    assert code == 0, err
+    assert Path(line.split()[0], "samples", name).is_file()
+
+
+def test_a_long_name_is_cut_and_still_tells_pictures_apart(draw):
+    seeds = ",".join(map(str, range(100)))
+    draw(f"ddpm --seeds {seeds} --steps 1")
+    draw(f"ddpm --seeds {seeds},7 --steps 1")
+    names = [path.name for path in Path("ddpm/samples").iterdir()]
+    assert len(names) == 2
+    assert max(map(len, names)) < 100
+
+
+def test_a_picture_that_the_user_names_is_not_overwritten_in_silence(draw):
+    assert "overwritten" not in draw("ddpm --n 1 --steps 2 --out a.png")[1]
+    assert "note: a.png is there already" in draw("ddpm --n 1 --steps 2 --out a.png")[1]
+
+
+def test_a_run_is_named_by_its_folder_or_by_a_checkpoint_in_it(draw, images):
+    shutil.copy("ddpm/ckpt.pt", "ddpm/ckpt-000001.pt")
+    by_folder = images("ddpm --n 1 --steps 3")
+    assert (images("ddpm/ckpt.pt --n 1 --steps 3") == by_folder).all()
+    assert (images("ddpm/ckpt-000001.pt --n 1 --steps 3") == by_folder).all()
+
+
+def test_latents_come_out_as_numbers_that_are_not_clipped(draw):
+    assert draw("latents --n 3 --steps 2 --out drawn.npy")[0] == 0
+    drawn = np.load("drawn.npy")
+    assert drawn.shape == (3, 5, 8, 8)
+    assert drawn.dtype == np.float32
+    assert np.isfinite(drawn).all()
+    assert np.abs(drawn).max() > 1
+    assert_one_line(draw("latents --n 1 --out x.png"), ".npy")
+
+
+# A GPU's memory
+
+
+def test_batches_are_halved_where_memory_is_short():
+    sizes = []
+
+    def at_most_three(indices):
+        sizes.append(len(indices))
+        if len(indices) > 3:
+            raise torch.cuda.OutOfMemoryError
+        return torch.tensor(indices)
+
+    assert drawing.in_batches(at_most_three, 10, 8).tolist() == list(range(10))
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+
+
+def test_no_batch_is_halved_into_nothing():
+    def never(indices):
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(UserError, match="--device cpu"):
+        drawing.in_batches(never, 10, 8)
+
+
+# Help and mistakes
+
+
+def test_help_lists_the_flags_without_a_run_and_the_sampler_s_with_one(draw):
+    code, out, _ = draw("--help")
+    assert code == 0
+    assert "--guidance" in out and "--eta" not in out
+    code, out, _ = draw("run --help")
+    assert code == 0
+    assert "--guidance" in out and "--eta" in out
+    assert "--S_churn" in draw("run --sampler churn --help")[1]
+
+
+def assert_one_line(result, words):
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("nothing.pt", "nothing.pt"),
+        ("--n 4", "runs/pdm"),
+        ("run --n 0", "--n"),
+        ("run --n 100000000000000000000", "--n"),
+        ("run --batch 0", "--batch"),
+        ("run --seed -1", "--seed"),
+        ("run --steps 31", "31"),
+        ("run --steps many", "many"),
+        ("edm --steps 100000000000000000000", "--steps"),
+        ("run --class cat", "cat"),
+        ("run --class 3", "3"),
+        ("run --class 0 nine", "no class nine"),
+        ("run --guidance nan", "--guidance"),
+        ("run --width 3", "--width"),
+        ("run --nn 3", "did you mean --n?"),
+        ("run --out run", "--out"),
+        ("run --out some.npy", ".png"),
+        ("run --gif --out a.png", ".gif"),
+        ("run --out run/ckpt.pt/a.png", "cannot write"),
+        ("run --eta lots", "lots"),
+        ("run --sampler dpm", "heun"),
+        ("run --S_churn 9", "--sampler heun"),
+        ("run --sampler heun --eta 0", "--sampler own"),
+        ("run --sampler heun --steps 1", "steps"),
+        ("run --sampler heun --sigma_min 3 --sigma_max 2", "sigma_min"),
+        ("run --sampler heun --rho 1e-3", "out of range"),
+        ("edm --steps 3 --sigma_max 1e300", "out of range"),
+        ("run --sampler churn --S_churn -1", "S_churn"),
+        ("run --sampler heun --alpha 0", "alpha"),
+        ("run --sampler euler --schedule cosine", "vp"),
+        ("run --device quantum", "quantum"),
+        ("run --device meta", "meta"),
+        ("run --seeds 5-", "--seeds"),
+        ("run --seeds 3 --n 2", "--seeds"),
+        ("run --seeds 0-99999999999", "seeds"),
+        ("run --class 0 1 --guidance 1 2", "do not go together"),
+        ("run --gif --strip", "do not go together"),
+        ("run --class all --compare ddpm", "do not go together"),
+    ],
+)
+def test_a_mistake_is_one_error_line_and_writes_nothing(draw, line, words):
+    before = sorted(Path().rglob("*"))
+    assert_one_line(draw(line), words)
+    assert sorted(Path().rglob("*")) == before
