@@ -153,7 +153,8 @@ def in_batches(function, n, batch):
             parts.append(function(share[done : done + batch]))
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
-                raise UserError("not one image fits in the GPU's memory: try --device cpu") from None
+                advice = "not one image fits in the GPU's memory: try --device cpu"
+                raise UserError(advice) from None
             batch = batch // 2
             continue
         done += batch

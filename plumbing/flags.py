@@ -114,9 +114,14 @@ def flags_of(function):
     return {p.name: p for p in typed if p.kind is p.KEYWORD_ONLY}
 
 
+@functools.cache
+def source_of(function):
+    return inspect.getsource(function.__init__ if inspect.isclass(function) else function)
+
+
 def help_of(function, name):
     """The comment at the end of the argument's line, or of its last line if it has several."""
-    source = inspect.getsource(function.__init__ if inspect.isclass(function) else function)
+    source = source_of(function)
     several_lines = r"(?:\[\n[^\]]*\][^#\n]*)?"
     comment = re.search(rf"\b{name}: [^#\n]*?{several_lines}# *(.+)$", source, re.MULTILINE)
     return comment.group(1) if comment else ""
