@@ -1,11 +1,16 @@
+import json
 import os
 import socket
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
+import evaluate
+import sample
 import train
 from plumbing import contract, flags
 
@@ -165,3 +170,32 @@ def test_only_a_split_chain_leaves_weights_without_a_gradient(monkeypatch, flag,
     monkeypatch.setattr(contract, "dry_pass", remembering)
     train.main(f"--method pdm --patch 2 --T 30 {flag} {SMALL} --steps 1 --out one".split())
     assert answers == [expected]
+
+
+# Drawing and measuring
+
+
+def test_any_number_of_processes_draws_the_same_images():
+    tiny.write_run(Path("run"), "ddpm")
+    line = "run --n 5 --steps 4 --batch 2 --device cpu --out"
+    sample.main(f"{line} one".split())
+    assert run(sample.main, f"{line} three", processes=3) == [0, 0, 0]
+    assert len(os.listdir("one")) == 5
+    for name in os.listdir("one"):
+        assert Path("one", name).read_bytes() == Path("three", name).read_bytes()
+    assert "4 network evaluations" in text("out0")
+
+
+def test_any_number_of_processes_measures_the_same():
+    tiny.write_run(Path("run"), "ddpm")
+    line = "run --nll --error --nearest --n 3 --steps 4 --device cpu --out"
+    evaluate.main(f"{line} alone".split())
+    assert run(evaluate.main, f"{line} together") == [0, 0]
+    alone, together = (
+        json.loads(Path(folder, "report.json").read_text())["step 3"]
+        for folder in ("alone", "together")
+    )
+    for measure, name in (("nll", "bits_per_dim"), ("nearest", "samples"), ("nll", "nfe")):
+        assert alone[measure][name] == pytest.approx(together[measure][name], rel=1e-5)
+    for a, b in zip(alone["error"]["levels"], together["error"]["levels"]):
+        assert a == pytest.approx(b, rel=1e-5)
