@@ -15,12 +15,15 @@ import math
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from plumbing import flags  # before torch: Ctrl-C while that loads ends without a traceback
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
 
 from edm import denoiser, ode_invert, ode_sample, sigma_steps
-from plumbing import checkpoint, datasets, drawing, flags, images
+from plumbing import checkpoint, datasets, drawing, images
 from plumbing.device import join, rank, seeded_noise
 from plumbing.drawing import check_range, last
 from plumbing.flags import Parser, UserError, add_flags, flags_of

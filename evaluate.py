@@ -17,12 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from plumbing import flags  # before torch: Ctrl-C while that loads ends without a traceback
+
+# isort: split
 import torch
 from tqdm import tqdm
 
 from edm import denoiser
 from pdm import posterior_mean
-from plumbing import checkpoint, drawing, flags, images
+from plumbing import checkpoint, drawing, images
 from plumbing.checkpoint import written_whole
 from plumbing.datasets import evenly, hold_out, load_like
 from plumbing.device import join, rank, seeded_noise

@@ -8,18 +8,21 @@ of `sample` below and of the sampler, which is the method's own or one of EDM's:
 """
 import functools
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from plumbing import flags  # before torch: Ctrl-C while that loads ends without a traceback
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn
 
 from edm import denoiser, ode_sample
-from plumbing import checkpoint, drawing, flags, images
+from plumbing import checkpoint, drawing, images
 from plumbing.checks import check_size
+from plumbing.datasets import height_and_width
 from plumbing.device import autocast, join, rank
 from plumbing.drawing import check_range, draw, guided
 from plumbing.flags import Parser, UserError, add_flags, flags_of
@@ -148,7 +151,7 @@ def rows_of(loaded, class_, guidance, n):
         rows = [make_row(f"w = {w:g}", method, saved, class_, w, n) for w in guidance]
     else:
         rows = [make_row(drawing.run_name(p), m, other, class_, w, n) for p, m, other in loaded]
-    if len({row.name for row in rows}) < len(rows):
+    if len({drawing.as_file_name(row.name) for row in rows}) < len(rows):
         return [row._replace(name=f"{k} {row.name}") for k, row in enumerate(rows, 1)]
     return rows
 
@@ -165,11 +168,7 @@ def canvas(loaded, size, n):
     """
     path, _, saved = loaded[0]
     channels, *trained = saved["shape"]
-    if len(size) > 2:
-        raise UserError(f"--size takes one number, or height and width; got {size}")
-    sides = list(size * 2 if len(size) == 1 else size) or trained
-    for side in sides:
-        check_range("size", side, 1, 8192)
+    sides = list(height_and_width(size or None) or trained)
     for other_path, method, other in loaded:
         if other["shape"] != saved["shape"]:
             raise UserError(f"{other_path} and {path} draw other shapes: they share no noise")
@@ -206,7 +205,7 @@ def chain(method, sampler, options, shape):
     if sampler != "own":
         run = functools.partial(ode_sample, denoiser(method))
     known = flags_of(ode_sample if sampler != "own" else type(method).sample)
-    options = {name: to_number(value) for name, value in options.items()}
+    options = {name: drawing.to_number(value) for name, value in options.items()}
     for name, value in options.items():
         takes_text = name in known and "str" in str(known[name].annotation)
         if name not in known or isinstance(value, str) and not takes_text:
@@ -217,20 +216,11 @@ def chain(method, sampler, options, shape):
     noise = torch.ones(1, *shape, device=next(method.parameters()).device)
     try:
         x, _ = next(run(noise))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except OverflowError as error:
-        raise UserError(f"the sampler's options are out of range: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"the sampler refuses: {error}") from error
     if not x.isfinite().all():
-        raise UserError("the sampler's options are out of range: its first step is not finite")
+        raise UserError("the sampler's first step is not finite: an option is out of range")
     return run
-
-
-def to_number(value):
-    """Some papers name their steps by text ("ddim50"), others by a number: "50" suits both."""
-    if isinstance(value, str) and value.isdecimal():
-        return int(value)
-    return value
 
 
 # Where it is written
@@ -262,7 +252,7 @@ def write(drawn, rows, numbers, out):
         images.save_strip(drawn[0], out)
     elif out.is_dir():
         for row, pictures in zip(rows, drawn):
-            folder = out / re.sub(r"[^\w.-]+", "_", row.name) if labels else out
+            folder = out / drawing.as_file_name(row.name) if labels else out
             folder.mkdir(exist_ok=True)
             for number, picture in zip(numbers, pictures):
                 images.save(images.to_image(picture), folder / f"{number:06d}.png")

@@ -223,6 +223,13 @@ def check_range(flag, value, low, high):
         raise UserError(f"--{flag} must lie between {low:,} and {high:,}, got {value:,}")
 
 
+def to_number(value):
+    """Some papers name their steps by text ("ddim50"), others by a number: "50" suits both."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return value
+
+
 def guidance_note(labels, w):
     """What a report says of guidance; nothing where there are no classes."""
     return "" if labels is None else f", guidance {w:g}"
@@ -249,10 +256,15 @@ def picture_name(saved, words, made_by, parameters):
     for flag, value in made_by.items():
         if flag not in parameters or value != parameters[flag].default:
             words.append(as_word(flag.rstrip("_"), value))
-    name = re.sub(r"[^\w.,+-]+", "_", "-".join(words))
+    name = as_file_name("-".join(words))
     if len(name.encode()) > 150:
         return f"{name[:50]}-{zlib.crc32(name.encode()):08x}"
     return name
+
+
+def as_file_name(text):
+    """The text without what may mean something in a path."""
+    return re.sub(r"[^\w.,+-]+", "_", text).strip(".") or "_"
 
 
 def as_word(flag, value):

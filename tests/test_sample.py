@@ -233,8 +233,8 @@ def test_the_training_images_size_needs_no_note(draw):
     [
         ("run --size 9", "8 or 10"),
         ("run --size 8 8 8", "height and width"),
-        ("run --size 0", "--size must lie"),
-        ("run --size 1000000", "--size must lie"),
+        ("run --size 0", "size must be"),
+        ("run --size 1000000", "size must be at most"),
         ("run --size 8000 --n 1000000", "memory"),
         ("crops --window 0 0 8 8", "--size h w --corner y x --image H W"),
         ("crops --canvas 16 --extend", "--size"),
@@ -332,6 +332,12 @@ def test_a_long_chain_is_recorded_evenly_and_to_its_end():
 
 
 # Where it is written
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", "../../x"])
+def test_the_name_of_a_class_is_no_path(name):
+    folder = drawing.as_file_name(name)
+    assert Path("there", folder).resolve().parent == Path("there").resolve()
 
 
 @pytest.mark.parametrize(
