@@ -278,8 +278,7 @@ def parse(argv, function, doc, program):
         parser.print_help()
         sys.exit()
 
-    path = argv[0]
-    method = checkpoint.read(path)["method"]
+    method = checkpoint.read(argv[0])["method"]
     own = checkpoint.METHODS[method].sample
     used, other = (own, ode_sample) if sampler == "own" else (ode_sample, own)
     needed = "heun, euler or churn" if sampler == "own" else "own"
@@ -288,7 +287,7 @@ def parse(argv, function, doc, program):
     hints |= {name: f"--{name} goes with --sampler {needed}" for name in flags_of(other)}
     given = parser.parse(argv[1:], hints)
     options = {name: value for name, value in given.items() if name not in names}
-    return path, options, {name: given[name] for name in given if name in names}
+    return argv[0], options, {name: given[name] for name in given if name in names}
 
 
 def main(argv):
