@@ -178,7 +178,8 @@ def canvas(loaded, size, n):
     if 4 * n * channels * math.prod(sides) > images.memory() / 3:
         raise UserError(f"{n:,} such images need over a third of the memory: draw fewer")
     if sides != trained:
-        print(f"note: trained on {'x'.join(map(str, trained))}; other sizes promise no quality")
+        was = "x".join(map(str, trained))
+        print(f"note: trained on {was}; how good another size looks is not promised")
     return (channels, *sides)
 
 
