@@ -164,8 +164,8 @@ def test_interpolation_through_a_little_noise_stays_near_the_images(kind):
 def test_variations_spread_as_the_posterior_given_the_noisy_image(kind, at):
     data, method = exact(kind)
     x_0 = torch.full((1, 1, 1, 1), 0.9).double()
-    picture = edit.vary(method, [x_0], None, 3, at=at, n=3000, steps=60)
-    sigma, _ = edit.way_back(method, at, 60)
+    picture = edit.vary(method, [x_0], None, 3, at=at, n=2000, steps=40)
+    sigma, _ = edit.way_back(method, at, 40)
     posterior = (1 / (1 / data.s**2 + 1 / sigma**2)) ** 0.5
     x = picture.images[1:]
     assert abs(x.std() - posterior) < 0.1 * posterior + 0.01
