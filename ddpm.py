@@ -239,7 +239,7 @@ class DDPM(Chain):
         first; mse (B, K) of x_0_hat; total (B,). progress wraps the loop, as tqdm does.
         ValueError for fewer than 2 steps.
         """
-        chain = Chain(self.alpha_bar, self.kept_steps(steps))
+        chain = Chain(self.alpha_bar.cpu(), self.kept_steps(steps))
         K = len(chain.tau) - 1
         if K < 2:
             raise ValueError("the bound needs 2 steps or more")
@@ -270,7 +270,8 @@ class DDPM(Chain):
         log_beta_tilde = chain.log_beta_tilde(t, s)
         kl = normal_kl(posterior_mean, log_beta_tilde, mean, log_variance)  # Eq. 5, L_{t-1}
         nll = -discretized_gaussian_log_likelihood(x_0, mean, log_variance / 2)  # Eq. 5, L_0
-        term = torch.where(chain.tau[s] > 0, kl, nll)
+        has_noise = (chain.tau[s] > 0).to(kl.device)
+        term = torch.where(has_noise, kl, nll)
         return term.flatten(1).mean(1) / math.log(2)
 
 
