@@ -82,14 +82,14 @@ def train(
     method, averaged, optimizer, progress = start(about, saved, device, beta_2, seed)
     autocast = devices.autocast(device, precision)
     with autocast:
-        crop = crop_of(method, R, 0.0)
-        some_unused = contract.dry_pass(method, about["shape"], about["classes"], crop)
+        some_unused = contract.dry_pass(method, about, crop_of(method, R, 0.0))
     loss_of = devices.shared_loss(method, some_unused)
     if devices.compiles(compile, device, steps):
         method.net.compile()
     runs.make_folder(run, method, keep)
-    print(runs.summary(config["method"], method, device, precision, run))
+    runs.announce(config["method"], method, device, precision, run)
 
+    weights, averages = list(method.parameters()), list(averaged.parameters())
     recent = []  # loss and norm of the gradient of the last steps
     stopped = False
     started = time.time() - progress.seconds
@@ -113,10 +113,10 @@ def train(
                         part_loss = loss_of(x, y, *crop) / accumulate
                     part_loss.backward()
                 loss = loss + part_loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(method.parameters(), clip_grad or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(weights, clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            update_average(averaged, method, average_decay(ema, batch, progress.images, n))
+            update_average(averages, weights, average_decay(ema, batch, progress.images, n))
             progress.count(n, crop)
             recent.append(torch.stack([loss, norm]))
             bar.update()
@@ -127,11 +127,11 @@ def train(
                 progress.losses += check_finite(recent, progress.step)
                 progress.seconds = time.time() - started
                 bar.set_postfix(progress.so_far(), refresh=False)
+                copy_buffers(averaged, method)
                 recent = []
             if report:
                 with autocast:
-                    errors = held_out_error(averaged, *held_out)
-                progress.write_row(errors, group["lr"])
+                    progress.write_row(held_out_error(averaged, *held_out), group["lr"])
             if rank() == 0 and (report or stopped):
                 state = runs.state_of(method, averaged, optimizer, progress)
                 checkpoint.write(run, about | state, keep)
@@ -195,9 +195,12 @@ def average_decay(ema, batch, seen, n):
 
 
 @torch.no_grad()
-def update_average(averaged, method, decay):
-    update = get_ema_multi_avg_fn(decay)
-    update(list(averaged.parameters()), list(method.parameters()), None)
+def update_average(averages, weights, decay):
+    get_ema_multi_avg_fn(decay)(averages, weights, None)
+
+
+def copy_buffers(averaged, method):
+    """Buffers, such as a history of losses, are not averaged."""
     for average, buffer in zip(averaged.buffers(), method.buffers()):
         average.copy_(buffer)
 

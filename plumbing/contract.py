@@ -12,19 +12,19 @@ SAMPLE = "sample(noise, y, ..., randn_like)"
 OWN_DENOISER = ("sigma_min", "sigma_max", "round_sigma")
 
 
-def dry_pass(method, shape, classes, crop=()):
-    """Try loss, denoiser and one step of the sampler on two images (2, *shape).
+def dry_pass(method, about, crop=()):
+    """Try loss, denoiser and one step of the sampler on two images of the run's shape.
 
-    It runs on a copy, so that the method's state stays as it is. crop: () or (size,), which the
-    loss of a method that trains on crops gets too. UserError that names what is missing.
-    Returns whether an image trains some of the weights only, as in a split chain.
+    about: dict(shape, classes). crop: () or (size,), which the loss of a method that trains on
+    crops gets too. It runs on a copy: the method's state stays. UserError that names what is
+    missing. Returns whether an image trains some of the weights only, as in a split chain.
     """
     check_parts(method)
     method = copy.deepcopy(method)
     device = next(method.parameters()).device
-    x = torch.randn(2, *shape).clamp(-1, 1).to(device)
-    y = torch.tensor([-1, 0], device=device) if classes else None
-    one = y[:1] if classes else None
+    x = torch.randn(2, *about["shape"]).clamp(-1, 1).to(device)
+    y = torch.tensor([-1, 0], device=device) if about["classes"] else None
+    one = y[:1] if about["classes"] else None
     try:
         try_loss(method, x, y, crop)
         method.loss(x[:1], one, *crop).backward()

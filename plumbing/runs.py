@@ -129,11 +129,12 @@ def make_folder(run, method, keep):
     (run / "samples").mkdir(parents=True, exist_ok=True)
 
 
-def summary(name, method, device, precision, run):
+def announce(name, method, device, precision, run):
+    """Say what is trained, where, and into which folder."""
     parameters = sum(weight.numel() for weight in method.parameters())
     processes = f"{world()} processes, " if world() > 1 else ""
     precision = devices.precision_on(device, precision)
-    return f"{name}: {parameters:,} parameters, {device}, {precision}, {processes}to {run}/"
+    print(f"{name}: {parameters:,} parameters, {device}, {precision}, {processes}to {run}/")
 
 
 # While it runs

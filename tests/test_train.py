@@ -212,7 +212,8 @@ def test_the_average_moves_by_one_minus_its_decay_and_buffers_are_copied():
     method, averaged = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     nn.init.constant_(method.weight, 2.0)
     method.running_mean.fill_(5.0)
-    train.update_average(averaged, method, 0.75)
+    train.update_average([averaged.weight], [method.weight], 0.75)
+    train.copy_buffers(averaged, method)
     assert averaged.weight.tolist() == [1.25] * 3
     assert averaged.running_mean.tolist() == [5.0] * 3
 
