@@ -154,13 +154,13 @@ class Loss(nn.Module):
 
 
 def shared_loss(method, some_unused=False):
-    """method.loss as a module; of several processes, with the mean of their gradients.
+    """method.loss; of several processes, with the mean of their gradients.
 
     some_unused: a step may leave weights without a gradient, as those of a split chain.
     Buffers are not copied from the first process: the methods keep them equal themselves.
     """
     if world() == 1:
-        return Loss(method)
+        return method.loss
     return nn.parallel.DistributedDataParallel(
         Loss(method), broadcast_buffers=False, find_unused_parameters=some_unused
     )
