@@ -73,7 +73,7 @@ def test_the_network_sees_c_p_squared_channels_on_a_grid_p_times_coarser():
 @pytest.mark.function("pdm", "PDM.__init__")
 @pytest.mark.parametrize("learn_variance, factor", [(False, 1), (True, 2)])
 @pytest.mark.parametrize("P", [1, 2, 3, 4, 8])
-def test_the_network_is_asked_for_p_squared_times_the_channels(P, learn_variance, factor):
+def test_a_network_on_patches_has_p_squared_the_channels(P, learn_variance, factor):
     asked = []
 
     def make_net(c_in, c_out):

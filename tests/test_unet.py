@@ -48,7 +48,7 @@ def test_fractional_multipliers_and_several_blocks_are_allowed():
 @pytest.mark.parametrize("channels, heads", [
     (8, 1), (64, 1), (128, 2), (200, 2), (256, 4), (193, 1),
 ])
-def test_attention_has_a_head_for_64_channels_or_as_many_as_divide_them(channels, heads):
+def test_attention_has_a_head_for_64_channels_or_as_divides_them(channels, heads):
     net = Attention(channels)
     equal(net.heads, heads)
     equal(net(torch.randn(1, channels, 2, 2)).shape, (1, channels, 2, 2))
