@@ -10,6 +10,7 @@ mistake where COURSE.md knows one, and where to look: equation, function, file. 
     holds(condition, "what is true", loss=loss)   anything else, with the numbers to print
 """
 import contextvars
+import re
 import textwrap
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from course import index
 ROOT = Path(__file__).parent.parent
 current_test = contextvars.ContextVar("the test that runs, as pytest's node", default=None)
 FIRST_RED = pytest.StashKey()
+NAMES_IN_CODE = (
+    "x_0_hat", "x_0", "x_t", "alpha_bar", "beta_tilde", "q_sample", "c_noise", "p_t", "l_T",
+    "l_simple", "l_hybrid", "l_vlb", "S_tmin", "S_tmax", "S_noise", "sigma_min", "sigma_max",
+)
 
 
 # Comparisons
@@ -88,7 +93,7 @@ def numbers(value):
     return torch.as_tensor(value, dtype=torch.float64).detach()
 
 
-def show(value, digits=6, most=6):
+def show(value, digits=6, most=5):
     """A number, or the first few of many, in a line."""
     if torch.is_tensor(value) and not isinstance(value, torch.Size):
         value = value.detach().flatten().tolist() if value.ndim else value.item()
@@ -127,14 +132,14 @@ def fail(what, expected, came, apart=""):
     __tracebackhide__ = True
     node = current_test.get()
     lines = [] if node is None else fact(node)
-    lines += block("Expected", f"{what}: {expected}" if what else expected)
+    lines += block(f"Expected: {what}" if what else "Expected", expected)
     lines += block("Came", came)
     lines += block("Farthest apart", apart)
     if node is not None:
         functions, places = where(node)
+        lines += block("Mend first, since this may follow from it", red_before(node))
         lines += block("Usual mistake", "\n".join(usual_mistakes(node, functions)))
         lines += block("Look at", "\n".join(places))
-        lines += block("But first", red_before(node))
     raise AssertionError("\n".join(lines))
 
 
@@ -156,7 +161,12 @@ def fact(node):
 
 
 def in_words(name):
-    return name.removeprefix("test_").replace("_", " ").replace(" s ", "'s ")
+    """A test's name as a student reads it, names of the code as they are spelled there."""
+    words = name.removeprefix("test_").replace("_", " ")
+    words = re.sub(r" s\b", "'s", words).replace("authors", "authors'")
+    for name in NAMES_IN_CODE:
+        words = re.sub(rf"\b{name.replace('_', ' ')}\b", name, words)
+    return words
 
 
 def where(node):
@@ -175,8 +185,17 @@ def where(node):
         shown = [name for name in named.get(paper, dict.fromkeys(of_tags)) if name in at]
         functions += [(paper, name) for name in shown]
         places = [f"{name} (line {at[name].lineno})" for name in shown]
-        lines.append("; ".join([*asked, f"{paper}.py: " + ", ".join(places)]))
+        lines.append("; ".join([*together(asked), f"{paper}.py: " + ", ".join(places)]))
     return functions, lines
+
+
+def together(tags):
+    """["Algorithm 2, line 4", "Algorithm 2, line 6"] -> ["Algorithm 2, line 4, line 6"]."""
+    parts = {}
+    for tag in tags:
+        head, *detail = tag.split(", ", 1)
+        parts.setdefault(head, []).extend(detail)
+    return [", ".join([head, *details]) for head, details in parts.items()]
 
 
 def named_by(node, kind):
@@ -202,12 +221,13 @@ def usual_mistakes(node, functions):
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if not line.startswith("| `") or len(cells) < 3:
             continue
-        said = f"in {cells[0].replace('`', '')}: {cells[-1]}"
+        names = re.findall(r"`([^`]+)`", cells[0])
+        said = f"in {', '.join(names)}: {cells[-1]}"
         if f"`{node.originalname}`" in line and heading == node.path.stem.removeprefix("test_"):
             by_test.append(said)
         for paper, name in functions:
             short = name.rpartition(".")[2]
-            if heading == paper and (f"`{name}`" in cells[0] or f"`{short}`" in cells[0]):
+            if heading == paper and (name in names or short in names):
                 by_function.append(said)
     return list(dict.fromkeys(by_test or by_function))
 
@@ -218,4 +238,4 @@ def red_before(node):
     earlier = first.setdefault(node.path, node.originalname)
     if earlier == node.originalname:
         return ""
-    return f"an earlier fact is red, from which this one may follow: {in_words(earlier)}"
+    return in_words(earlier)

@@ -218,6 +218,7 @@ def test_the_weighted_error_is_the_authors(column, monkeypatch):
 
 
 @pytest.mark.equation("edm", "Table 1, EDM noise")
+@pytest.mark.function("edm", "ColumnEDM.training_sigma", "EDM.draw_sigma")
 def test_edm_trains_at_noise_levels_whose_logarithm_is_normal():
     B = 40_000
     sigma = EDM(zero_net, 1, P_mean=-0.7, P_std=0.9).draw_sigma(B)
@@ -454,6 +455,80 @@ def test_the_range_is_narrowed_to_what_the_network_knows(run, given, expected):
 
 # Algorithm 2
 
+CHURN = {"S_churn": 40.0, "S_tmin": 0.05, "S_tmax": 50.0, "S_noise": 1.003}
+ROOT_2 = 2**0.5  # 1 + the largest gamma
+
+
+def seen_by_algorithm_2(noise, randn_like=torch.zeros_like, **options):
+    """[(x, sigma)] that D is asked for; its slope d is -tanh(x) everywhere.
+
+    Column VE has c_in = 1 and ln(sigma / 2) for c_noise, so the network sees both.
+    """
+    net, calls = watched(lambda x, c_noise, y: x.tanh())
+    model = EDM(net, 1, precond="ve")
+    last(model.sample(noise, randn_like=randn_like, **options))
+    return [(call.x, 2 * call.t.double().exp()) for call in calls]
+
+
+@pytest.mark.equation("edm", "Algorithm 2, line 2")
+@pytest.mark.function("edm", "EDM.sample")
+def test_algorithm_2_begins_with_noise_of_level_t_0():
+    noise = torch.randn(4, 1, 1, 1).double()
+    x, sigma = seen_by_algorithm_2(noise, steps=2, sigma_max=9.0)[0]
+    close(sigma, torch.full_like(sigma, 9.0), rtol=1e-6, what="t_0")
+    close(x, 9 * noise, what="x_0")
+
+
+@pytest.mark.equation("edm", "Algorithm 2, gamma_i", "Algorithm 2, line 5")
+@pytest.mark.function("edm", "EDM.sample")
+@pytest.mark.parametrize("S_churn, gamma", [(0.0, 0.0), (0.4, 0.2), (40.0, ROOT_2 - 1)])
+def test_churn_raises_the_noise_level_from_t_to_t_hat(S_churn, gamma):
+    noise = torch.randn(4, 1, 1, 1).double()
+    _, t_hat = seen_by_algorithm_2(noise, steps=2, sigma_max=9.0, S_churn=S_churn)[0]
+    close(t_hat, torch.full_like(t_hat, 9 * (1 + gamma)), rtol=1e-6, what="t_hat_0 of t_0 = 9")
+
+
+@pytest.mark.equation("edm", "Algorithm 2, line 4", "Algorithm 2, line 6")
+@pytest.mark.function("edm", "EDM.sample")
+def test_churn_adds_the_noise_that_t_hat_has_more_than_t():
+    noise = torch.randn(4, 1, 1, 1).double()
+    fresh = torch.randn(4, 1, 1, 1).double()
+    options = {"steps": 2, "sigma_max": 9.0, "S_churn": 40.0, "S_noise": 1.1}
+    x_hat, _ = seen_by_algorithm_2(noise, lambda x: fresh, **options)[0]
+    added = ((9 * ROOT_2) ** 2 - 9**2) ** 0.5
+    close(x_hat, 9 * noise + added * 1.1 * fresh, what="x_hat_0")
+
+
+@pytest.mark.equation("edm", "Algorithm 2, line 7", "Algorithm 2, line 8")
+@pytest.mark.function("edm", "EDM.sample")
+def test_the_euler_step_follows_the_slope_at_t_hat_from_t_hat():
+    noise = torch.randn(4, 1, 1, 1).double()
+    options = {"steps": 2, "sigma_max": 9.0, "sigma_min": 0.5, "S_churn": 40.0}
+    (x_hat, _), (x, t_1), *_ = seen_by_algorithm_2(noise, **options)
+    close(t_1, torch.full_like(t_1, 0.5), rtol=1e-6, what="t_1")
+    h = 0.5 - 9 * ROOT_2
+    close(x, x_hat - h * x_hat.tanh(), what="x_1 of Euler's step")
+
+
+@pytest.mark.equation("edm", "Algorithm 2, line 10", "Algorithm 2, line 11")
+@pytest.mark.function("edm", "EDM.sample")
+def test_heun_s_step_follows_the_mean_of_both_slopes():
+    noise = torch.randn(4, 1, 1, 1).double()
+    options = {"steps": 2, "sigma_max": 9.0, "sigma_min": 0.5}
+    (x_hat, _), (euler, _), (x, _) = seen_by_algorithm_2(noise, **options)
+    h = 0.5 - 9
+    close(x, x_hat - h * (x_hat.tanh() + euler.tanh()) / 2, what="x_1 of Heun's step")
+
+
+@pytest.mark.equation("edm", "Algorithm 2, line 3", "Algorithm 2, line 9")
+@pytest.mark.function("edm", "EDM.sample")
+@pytest.mark.parametrize("steps", [2, 5, 18])
+def test_every_step_has_two_slopes_but_the_last_one(steps):
+    noise = torch.randn(4, 1, 1, 1).double()
+    evaluations = seen_by_algorithm_2(noise, steps=steps)
+    equal(len(evaluations), 2 * steps - 1, what="evaluations of D")
+
+
 @pytest.mark.equation("edm", "Algorithm 2, line 2", "Algorithm 2, line 3")
 @pytest.mark.equation("edm", "Algorithm 2, gamma_i", "Algorithm 2, line 4")
 @pytest.mark.equation("edm", "Algorithm 2, line 5", "Algorithm 2, line 6")
@@ -477,9 +552,6 @@ def test_algorithm_2_gives_the_authors_numbers():
     )
     close(last(chain), expected["x"], rtol=1e-5, atol=1e-5, what="the samples")
     equal(len(draws), 0, what="noise draws left over: one a step, used or not")
-
-
-CHURN = {"S_churn": 40.0, "S_tmin": 0.05, "S_tmax": 50.0, "S_noise": 1.003}
 
 
 @pytest.mark.equation("edm", "Algorithm 2, line 2", "Algorithm 2, line 3")

@@ -96,11 +96,11 @@ def test_a_message_says_the_fact_the_numbers_the_usual_mistake_and_the_place():
         close([1.0, 2.5], [1.0, 2.0], what="x_t")
     lines = str(red.value).splitlines()
     titles = [line for line in lines if not line.startswith(" ")]
-    equal(titles, ["It should be true that", "Expected", "Came", "Farthest apart",
+    equal(titles, ["It should be true that", "Expected: x_t", "Came", "Farthest apart",
                    "Usual mistake", "Look at"])
     fact = "    a message says the fact the numbers the usual mistake and the place"
     holds(fact in lines, "the message says the fact", message=lines)
-    holds("    x_t: (1, 2)" in lines, "the message says the numbers", message=lines)
+    holds("    (1, 2)" in lines, "the message says the numbers", message=lines)
     holds("alpha for alpha_bar" in str(red.value), "it says the usual mistake", message=lines)
     holds("Eq. 4; ddpm.py: Chain.q_sample" in lines[-1], "it says the place", message=lines)
 
