@@ -59,12 +59,12 @@ def within(came, expected, standard_error, what="", slack=0.0):
     came, expected, error = torch.broadcast_tensors(
         numbers(came), numbers(expected), numbers(standard_error)
     )
-    wrong = ~((came - expected).abs() < 5 * error + slack)
+    allowed = 5 * error + slack
+    wrong = ~((came - expected).abs() < allowed)
     if wrong.any():
-        tolerance = f"{show(expected)}, give or take 5 standard errors of {show(error)}"
-        if slack:
-            tolerance += f" and {show(slack)}"
-        fail(what, tolerance, show(came), most_apart(came, expected, wrong))
+        largest = f"give or take {show(allowed.max())}, which is five standard errors"
+        apart = most_apart(came, expected, wrong)
+        fail(what, f"{show(expected)}\n{largest}", show(came), apart)
 
 
 def mean_within(samples, expected, what="", slack=0.0):
