@@ -20,7 +20,7 @@ from helpers import (
     zero_net,
 )
 
-from ddpm import DDPM, discretized_gaussian_log_likelihood, linear_betas, normal_kl
+from ddpm import DDPM, Chain, discretized_gaussian_log_likelihood, linear_betas, normal_kl
 
 ab = linear_alpha_bar()
 
@@ -469,6 +469,12 @@ def test_the_decoder_of_any_chain_has_the_variance_of_its_second_step(
     bin_edge = 1 / 255 / beta_tilde.sqrt()  # without noise the mean is x_0
     expected = -torch.log2(2 * tanh_cdf(bin_edge) - 1)
     close(bound["terms"][0, 0], expected, rtol=1e-6, what="bits/dim of L_0")
+
+
+@pytest.mark.function("ddpm", "Chain.log_beta_tilde", "Chain.beta")
+def test_a_chain_of_one_step_has_the_variance_that_the_step_adds():
+    chain = Chain(DDPM(zero_net, 1).alpha_bar, [1000])
+    close(chain.log_beta_tilde(1, 0), (1 - ab[1000]).log(), what="log beta")
 
 
 @pytest.mark.equation("ddpm", "Eq. 5, L_T")
