@@ -187,6 +187,29 @@ def test_the_defaults_are_the_paper_s():
     equal(PatchDiffusion.guidance, 1.3)
 
 
+@pytest.mark.function("patch_diffusion", "PatchDiffusion.sample")
+def test_the_sampler_s_defaults_are_edm_s():
+    of_edm = inspect.signature(EDM.sample).parameters
+    parameters = inspect.signature(PatchDiffusion.sample).parameters
+    shared = [name for name in parameters if name in of_edm]
+    expected = {name: of_edm[name].default for name in shared}
+    equal({name: parameters[name].default for name in shared}, expected)
+
+
+@pytest.mark.function("patch_diffusion", "PatchDiffusion.__init__")
+@pytest.mark.parametrize("options, expected", [
+    ({}, 4), ({"quarter": False}, 2), ({"p_full": 1.0}, 1),
+])
+def test_image_sizes_must_divide_by_what_crops_divide_them_by(options, expected):
+    net, _ = watched(blank)
+    equal(PatchDiffusion(net, 1, **options).size_multiple, expected)
+
+
+@pytest.mark.function("patch_diffusion", "PatchDiffusion.__init__")
+def test_latents_do_without_quarter_crops():
+    equal(PatchDiffusion.latent_config, {"quarter": False})
+
+
 # Loss
 
 @pytest.mark.equation("patch_diffusion", "Sec. 3.3")
@@ -304,13 +327,14 @@ def test_a_window_is_sampled_at_its_own_place_with_guidance_too():
     ((0, 0), (8, 8)),  # goes on past the image
     ((0, 0), ()),  # the image at another size
     ((-2, 3), (8, 30)),
+    ((0, 0), (2, 1)),
 ])
 def test_a_canvas_lies_where_corner_and_image_say(corner, image):
     net, calls = watched(blank)
     noise = torch.randn(1, 1, 12, 20)
     last(PatchDiffusion(net, 1).sample(noise, steps=2, corner=corner, image=image))
     height, width = image or (12, 20)
-    x = 2 * (corner[1] + torch.arange(20)) / (width - 1) - 1
+    x = 2 * (corner[1] + torch.arange(20)) / max(1, width - 1) - 1
     y = 2 * (corner[0] + torch.arange(12)) / (height - 1) - 1
     got = calls[0].x[0]
     close(got[1], x.expand(12, 20), atol=1e-6, what="x of each pixel")

@@ -120,6 +120,19 @@ def test_a_patch_of_zero_is_refused():
         PDM(same_net, 1, patch=0)
 
 
+@pytest.mark.function("pdm", "PDM.__init__")
+@pytest.mark.parametrize("options, expected", [
+    ({}, 4), ({"patch": 3}, 3), ({"patch": (4, 6), "split_snr": (0.25,)}, 12),
+])
+def test_image_sizes_must_divide_by_every_patch(options, expected):
+    equal(PDM(same_net, 1, **options).size_multiple, expected)
+
+
+@pytest.mark.function("pdm", "PDM.__init__")
+def test_latents_are_not_clipped_and_learn_no_variance():
+    equal(PDM.latent_config, {"clip": False, "learn_variance": False})
+
+
 # Targets
 
 @pytest.mark.equation("pdm", "Training targets, x", "Training targets, eps")
