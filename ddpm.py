@@ -75,7 +75,7 @@ class Chain(nn.Module):
         return share * self.beta(t, s)                                  # Eq. 7
 
     def beta(self, t, s):
-        return 1 - self.alpha_bar[t] / self.alpha_bar[s]                # Eq. 4, for one step
+        return 1 - self.alpha_bar[t] / self.alpha_bar[s]                # Eq. 2
 
     def log_beta_tilde(self, t, s):
         """log beta_tilde; at s = 0, where that is log 0, that of the chain's second step."""
@@ -148,12 +148,13 @@ class DDPM(Chain):
     def p_mean_variance(self, x_t, t, s, y=None, chain=None):
         """Mean and log-variance of p_theta(x_s | x_t), and the x_0_hat they come from; Eq. 1.
 
-        t and s count the steps of `chain`, by default all T of them.
+        t and s count the steps of `chain`, by default all T of them. Through x_0_hat (Eq. 15)
+        the mean is Eq. 11, where nothing is clipped.
         """
         if chain is None:
             chain = self
         x_0_hat = self.clip_if_asked(self.predict(x_t, chain.tau[t], y))
-        mean, _ = chain.q_posterior(x_0_hat, x_t, t, s)                 # Eq. 11, if not clipped
+        mean, _ = chain.q_posterior(x_0_hat, x_t, t, s)                 # Eq. 11
         return mean, self.log_variance(t, s, chain), x_0_hat
 
     def log_variance(self, t, s, chain):

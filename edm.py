@@ -341,7 +341,7 @@ class EDM(nn.Module):
         sigma = self.draw_sigma(len(x), x.device)                       # (B, 1, 1, 1)
         n = sigma.to(x.dtype) * torch.randn_like(x)
         error = (self.D(x + n, sigma, y, planes) - x).square()          # Eq. 2
-        # Eq. 8 in D's terms: c_out^2 ||F - its target||^2 is ||D - x||^2
+        # In D's terms: c_out^2 ||F - its target||^2 is ||D - x||^2
         return (self.lambda_(sigma).to(x.dtype) * error).mean()         # Eq. 8
 
     def draw_sigma(self, B, device="cpu"):
@@ -475,10 +475,11 @@ def ode_sample(
     x = (path.sigma(t[0]) * path.s(t[0])).item() * noise.to(widest_float(noise.device))
     for i in range(steps):
         eps = S_noise * randn_like(x)                                   # Algorithm 2, line 4
-        # Algorithm 2, line 6, of x / s(t), as the authors' code has it
+        # Noise is added to x / s(t), as in the authors' code
         s_hat = path.s(t_hat[i])
         added = (path.sigma(t_hat[i]) ** 2 - sigmas[i] ** 2).clamp(min=0).sqrt()
-        x_hat = (s_hat / path.s(t[i])).item() * x + (s_hat * added).item() * eps
+        grown = s_hat / path.s(t[i])
+        x_hat = grown.item() * x + (s_hat * added).item() * eps         # Algorithm 2, line 6
         d, denoised = path.dx_dt(D, x_hat, t_hat[i], y)                 # Algorithm 1, line 4
         h = (t[i + 1] - t_hat[i]).item()                                # Algorithm 3, line 4
         x = x_hat + h * d                                               # Algorithm 1, line 5

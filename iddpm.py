@@ -98,7 +98,7 @@ class IDDPM(DDPM):
         log_beta = chain.beta(t, s).log()
         log_beta_tilde = chain.log_beta_tilde(t, s)
         fraction = (v + 1) / 2  # the page's v
-        return fraction * log_beta + (1 - fraction) * log_beta_tilde    # Eq. 15, its log
+        return fraction * log_beta + (1 - fraction) * log_beta_tilde    # Eq. 15
 
     # Training
 
@@ -113,7 +113,7 @@ class IDDPM(DDPM):
             return L_simple.mean()
         x_0_hat = self.x_0_hat(x_t, t, eps_hat)
         if self.objective == "hybrid":
-            L_t = self.L_t(x_0, x_t, t, x_0_hat.detach(), v)            # Sec. 3.1, stopped
+            L_t = self.L_t(x_0, x_t, t, x_0_hat.detach(), v)            # Sec. 3.1
             return (L_simple + self.lambda_vlb * self.T * L_t).mean()   # Eq. 16
         L_t = self.L_t(x_0, x_t, t, x_0_hat, v)
         if self.sampler is None:

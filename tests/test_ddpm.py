@@ -170,6 +170,7 @@ def test_the_loss_of_a_network_that_predicts_nothing_is_one():
 
 
 @pytest.mark.equation("ddpm", "Eq. 14", "Algorithm 1, line 3", "Algorithm 1, line 4")
+@pytest.mark.equation("ddpm", "Algorithm 1, line 5")
 @pytest.mark.function("ddpm", "DDPM.loss")
 def test_the_loss_of_the_exact_network_is_the_posterior_variance_of_the_noise():
     data = Gaussian()
@@ -205,7 +206,7 @@ def test_without_clipping_the_mean_is_equation_11(t):
     close(mean, expected, rtol=1e-6, what="mu_theta")
 
 
-@pytest.mark.function("ddpm", "DDPM.p_mean_variance", "DDPM.clipped")
+@pytest.mark.function("ddpm", "DDPM.p_mean_variance", "DDPM.clip_if_asked")
 def test_x_0_hat_is_clipped_before_the_mean_is_formed():
     x_t = images(3.0)
     ddpm = DDPM(zero_net, 1)

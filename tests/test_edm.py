@@ -60,7 +60,8 @@ def counted(D):
 # Preconditioning: Table 1
 
 @pytest.mark.equation("edm", "Table 1, EDM c_skip", "Table 1, EDM c_out", "Table 1, EDM c_in")
-@pytest.mark.equation("edm", "Table 1, EDM c_noise", "Table 1, VE c_out", "Table 1, VE c_noise")
+@pytest.mark.equation("edm", "Table 1, EDM c_noise", "Table 1, VE c_skip", "Table 1, VE c_out")
+@pytest.mark.equation("edm", "Table 1, VE c_in", "Table 1, VE c_noise")
 @pytest.mark.equation("edm", "Table 1, VP c_skip", "Table 1, VP c_out", "Table 1, VP c_in")
 @pytest.mark.equation("edm", "Table 1, VP c_noise", "Table 1, iDDPM c_skip")
 @pytest.mark.equation("edm", "Table 1, iDDPM c_out", "Table 1, iDDPM c_in")
@@ -580,7 +581,8 @@ def test_algorithm_2_and_the_general_solver_agree(precond, options):
 
 # The general solver
 
-@pytest.mark.equation("edm", "Algorithm 1", "Eq. 4")
+@pytest.mark.equation("edm", "Algorithm 1, line 4", "Algorithm 1, line 5")
+@pytest.mark.equation("edm", "Algorithm 1, line 6")
 @pytest.mark.function("edm", "ode_sample", "Path.dx_dt")
 @pytest.mark.parametrize("key", list(golden("edm_sampler")["deterministic"]))
 def test_the_deterministic_sampler_gives_the_authors_numbers(key):
@@ -595,7 +597,7 @@ def test_the_deterministic_sampler_gives_the_authors_numbers(key):
         equal(len(levels), expected["nfe"], what="evaluations")
 
 
-@pytest.mark.function("edm", "Path.dx_dt", "per_image")
+@pytest.mark.function("edm", "Path.dx_dt", "sigma_of_each")
 def test_the_denoiser_is_told_the_noise_level_of_each_image():
     shapes = []
 
@@ -607,7 +609,8 @@ def test_the_denoiser_is_told_the_noise_level_of_each_image():
     equal(shapes, [(2, 1, 1, 1)] * 3)
 
 
-@pytest.mark.equation("edm", "Eq. 4", "Table 1, VP schedule", "Table 1, VE schedule")
+@pytest.mark.equation("edm", "Algorithm 1, line 4", "Table 1, VP schedule")
+@pytest.mark.equation("edm", "Table 1, VE schedule")
 @pytest.mark.equation("edm", "Table 1, schedule", "Table 1, scaling", "Table 1, VP scaling")
 @pytest.mark.function("edm", "Path.dx_dt", "Path.s", "Path.s_dot", "ode_sample")
 @pytest.mark.parametrize("key", list(golden("edm_ablation")["outputs"]))
@@ -630,7 +633,10 @@ def test_every_choice_of_sampler_gives_the_authors_numbers(key):
     equal(len(levels), expected["nfe"], what="evaluations")
 
 
-@pytest.mark.equation("edm", "Algorithm 1", "Algorithm 3")
+@pytest.mark.equation("edm", "Algorithm 1, line 4", "Algorithm 1, line 5")
+@pytest.mark.equation("edm", "Algorithm 1, line 6", "Algorithm 3, line 4")
+@pytest.mark.equation("edm", "Algorithm 3, line 6", "Algorithm 3, line 8")
+@pytest.mark.equation("edm", "Algorithm 3, line 9")
 @pytest.mark.function("edm", "ode_sample")
 def test_the_stochastic_sampler_gives_the_authors_numbers():
     case = golden("edm_stochastic")
@@ -653,7 +659,10 @@ def test_the_stochastic_sampler_gives_the_authors_numbers():
     equal(len(draws), 0, what="noise draws left over: one a step, used or not")
 
 
-@pytest.mark.equation("edm", "Algorithm 1", "Algorithm 3", "Eq. 4")
+@pytest.mark.equation("edm", "Algorithm 1, line 4", "Algorithm 1, line 5")
+@pytest.mark.equation("edm", "Algorithm 1, line 6", "Algorithm 3, line 4")
+@pytest.mark.equation("edm", "Algorithm 3, line 6", "Algorithm 3, line 8")
+@pytest.mark.equation("edm", "Algorithm 3, line 9")
 @pytest.mark.function("edm", "ode_sample", "Path.dx_dt")
 @pytest.mark.parametrize("options, order", [
     ({"solver": "euler"}, 1),
@@ -684,7 +693,8 @@ def test_the_error_falls_as_this_power_of_the_step(options, order):
     holds(least < ratio < most, words, divided_by=ratio)
 
 
-@pytest.mark.equation("edm", "Algorithm 1")
+@pytest.mark.equation("edm", "Algorithm 1, line 4", "Algorithm 1, line 5")
+@pytest.mark.equation("edm", "Algorithm 1, line 6")
 @pytest.mark.function("edm", "ode_sample")
 def test_churn_leaves_the_distribution_alone():
     data = Gaussian(0.3, 0.5)
@@ -695,7 +705,8 @@ def test_churn_leaves_the_distribution_alone():
     within(x.std(), 0.5, 0.5 / math.sqrt(2 * B), what="their spread", slack=0.005)
 
 
-@pytest.mark.equation("edm", "Algorithm 1")
+@pytest.mark.equation("edm", "Algorithm 1, line 4", "Algorithm 1, line 5")
+@pytest.mark.equation("edm", "Algorithm 1, line 6")
 @pytest.mark.function("edm", "ode_sample")
 @pytest.mark.parametrize("options", [
     {"schedule": "vp", "scaling": "vp"}, {"schedule": "ve"}, {"scaling": "vp"},
@@ -983,7 +994,7 @@ def standardized(columns):
     return rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
-@pytest.mark.function("edm", "EDM.loss", "EDM.planes", "EDM.D")
+@pytest.mark.function("edm", "EDM.loss", "EDM.sampling_planes", "EDM.D")
 def test_the_network_is_told_what_was_done_in_training_and_nothing_in_sampling():
     asked = []
     net, calls = watched(lambda x, c_noise, y: x[:, :2])

@@ -110,7 +110,7 @@ def test_without_a_learned_variance_it_is_fixed_as_in_ddpm(variance):
     close(log_variance, expected.log(), rtol=1e-7, what="log sigma_t^2")
 
 
-@pytest.mark.equation("iddpm", "DDPM Eq. 7")
+@pytest.mark.equation("iddpm", "DDPM Eq. 11")
 @pytest.mark.function("iddpm", "IDDPM.p_mean_variance")
 @pytest.mark.parametrize("eps, edge", [(-50.0, 1.0), (50.0, -1.0)])
 def test_x_0_hat_is_clipped_to_the_range_of_images_unless_told_otherwise(eps, edge):

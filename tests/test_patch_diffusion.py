@@ -294,7 +294,8 @@ def test_labels_go_with_the_crop():
 # Sampling
 
 @pytest.mark.equation("patch_diffusion", "Sec. 3.3")
-@pytest.mark.function("patch_diffusion", "PatchDiffusion.planes", "PatchDiffusion.sample")
+@pytest.mark.function("patch_diffusion", "PatchDiffusion.sampling_planes")
+@pytest.mark.function("patch_diffusion", "PatchDiffusion.sample")
 def test_the_whole_canvas_is_sampled_on_the_grid_of_training():
     net, calls = watched(blank)
     model = PatchDiffusion(net, 1)

@@ -114,7 +114,7 @@ def test_mean_and_variance_unfold_separately():
     holds((x_0_hat != 0.5).all(), "no pixel of x_0_hat is a v", x_0_hat=x_0_hat)
 
 
-@pytest.mark.function("pdm", "PDM.__init__", "one_a_part")
+@pytest.mark.function("pdm", "PDM.__init__", "patch_of_each_part")
 def test_a_patch_of_zero_is_refused():
     with pytest.raises(ValueError, match="patch"):
         PDM(same_net, 1, patch=0)
@@ -413,7 +413,7 @@ def test_a_split_model_with_equal_parts_samples_as_one_network():
     equal(samples[1], samples[0])
 
 
-@pytest.mark.function("pdm", "PDM.__init__", "one_a_part")
+@pytest.mark.function("pdm", "PDM.__init__", "patch_of_each_part")
 def test_parts_may_have_patches_of_their_own_the_noisy_part_first():
     asked = []
 
@@ -426,7 +426,7 @@ def test_parts_may_have_patches_of_their_own_the_noisy_part_first():
     equal([net.P for net in model.net.nets], [4, 1], what="each network's P")
 
 
-@pytest.mark.function("pdm", "PDM.__init__", "one_a_part", "parts_of_steps")
+@pytest.mark.function("pdm", "PDM.__init__", "patch_of_each_part", "parts_of_steps")
 @pytest.mark.parametrize("options", [
     {"split_snr": (1e9,)},
     {"split_snr": (0.25, 0.25)},
