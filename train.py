@@ -138,7 +138,7 @@ def train(
             if rank() == 0 and report:
                 with autocast:
                     drawn = preview(averaged, about["shape"], about["classes"], grid)
-                pixels.save_grid(drawn, runs.picture(run, progress.step))
+                runs.save_pictures(run, progress, drawn)
     runs.say_what_next(run, progress.step, steps)
 
 

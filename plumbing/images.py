@@ -96,7 +96,7 @@ def grid(x, columns=None, labels=(), width=512):
     """Images (B, C, H, W), uint8 or in [-1, 1], as one Pillow picture, `width` or wider."""
     B, _, H, W = x.shape
     if columns is None:
-        columns = math.ceil(math.sqrt(B * H / W))
+        columns = columns_of(x)
     rows = math.ceil(B / columns)
     zoom = math.ceil(width / (columns * W))
     font = ImageFont.load_default(size=13)
@@ -117,6 +117,12 @@ def grid(x, columns=None, labels=(), width=512):
         middle = GAP + row * cell_height + H * zoom / 2
         draw.text((6, middle), label, "white", font, anchor="lm")
     return picture
+
+
+def columns_of(x):
+    """In how many columns images (B, C, H, W) make a picture that is about square."""
+    B, _, H, W = x.shape
+    return math.ceil(math.sqrt(B * H / W))
 
 
 def save(picture, path, **options):

@@ -1,12 +1,13 @@
 """A training run around its loop: what is checked first, how far it is, what ends it."""
 import dataclasses
+import math
 import shutil
 import signal
 import sys
 import time
 import zlib
 
-from . import datasets
+from . import curves, datasets
 from . import device as devices
 from . import images as pixels
 from .checkpoint import METHODS
@@ -207,6 +208,14 @@ def state_of(method, averaged, optimizer, progress):
         ema=averaged.state_dict(),
         optimizer=optimizer.state_dict()["state"],
     )
+
+
+def save_pictures(run, progress, drawn):
+    """Write a report's samples (n, C, H, W), those of all reports, and the curves."""
+    pixels.save_grid(drawn, picture(run, progress.step))
+    rows = math.ceil(len(drawn) / pixels.columns_of(drawn))
+    curves.save_progress(run / "samples", rows, run / "samples" / "progress.png")
+    curves.save_curves(progress.log, run / "curves.png")
 
 
 def picture(run, step):

@@ -112,7 +112,8 @@ def test_a_run_writes_checkpoint_log_and_samples_and_moves_as_a_folder(do, metho
     assert "60 images, 3x8x8, 3 classes, mean 0.0" in out
     assert re.search(r"\d+ parameters, cpu, fp32, to runs", out)
     files = {str(p.relative_to("runs")) for p in Path("runs").rglob("*.*")}
-    names = ["ckpt.pt", "log.csv", "samples/000002.png", "samples/000003.png"]
+    names = ["ckpt.pt", "curves.png", "log.csv"]
+    names += ["samples/000002.png", "samples/000003.png", "samples/progress.png"]
     assert files == {f"{method}/{name}" for name in names}
     assert [row["step"] for row in log(f"runs/{method}")] == ["2", "3"]
     assert all(float(row["rmse_1"]) > 0 for row in log(f"runs/{method}"))
