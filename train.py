@@ -18,10 +18,9 @@ from typing import Literal
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from edm import denoiser
-from plumbing import checkpoint, contract, datasets, runs
+from plumbing import checkpoint, contract, runs
 from plumbing import device as devices
 from plumbing import images as pixels
 from plumbing.checkpoint import METHODS, SMALL_RUN
@@ -67,41 +66,38 @@ def train(
 ):
     """Train the method of `config` (every flag) and write its run's folder.
 
-    saved: the checkpoint to go on from. given: the flags that the user chose himself.
-    UserError, before the folder is made, for all that can be wrong.
+    saved: the checkpoint to go on from. given: the flags that the user chose. UserError, before
+    the folder is made, for all that can be known to be wrong.
     """
     check_ranges(config)
     device = devices.pick(device)
     run = Path(out or f"runs/{config['method']}")
     runs.check_run(run, config, saved)
-    images, labels, classes = datasets.load(data, size or None, channels)
-    about = runs.describe(config, given or {}, saved, images, labels, classes)
-    train_set, held_out = runs.prepare(images, labels if conditional else None, overfit, device)
-    R = min(about["shape"][1:])
-
+    about, train_set, held_out = runs.read_data(config, given or {}, saved, device)
     method, averaged, optimizer, progress = start(about, saved, device, beta_2, seed)
     autocast = devices.autocast(device, precision)
     with autocast:
-        some_unused = contract.dry_pass(method, about, crop_of(method, R, 0.0))
+        some_unused = contract.dry_pass(method, about)
     loss_of = devices.shared_loss(method, some_unused)
     if devices.compiles(compile, device, steps):
         method.net.compile()
-    runs.make_folder(run, method, keep)
-    runs.announce(config["method"], method, device, precision, run)
+    runs.begin(run, about, method, device, precision, keep)
 
+    R = min(about["shape"][1:])
+    on_crops = hasattr(method, "draw_size")
     weights, averages = list(method.parameters()), list(averaged.parameters())
     recent = []  # loss and norm of the gradient of the last steps
     stopped = False
     started = time.time() - progress.seconds
-    bar = tqdm(total=steps, initial=progress.step, unit=" steps", mininterval=0.5)
-    with checkpoint.locked(run), runs.Stop() as stop, bar:
+    with checkpoint.locked(run), runs.Stop() as stop, runs.bar(progress.step, steps) as bar:
         while progress.step < steps and not stopped:
             step = progress.step
+            rate = learning_rate(step, steps, lr, warmup, decay, cooldown)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup, decay, cooldown)
+                group["lr"] = rate
             torch.manual_seed(seed_of(seed, step, 0))  # what all parts share
-            crop = crop_of(method, R, step / steps)
-            n = batch * R // crop[0] if crop else batch
+            s = method.draw_size(R, step / steps) if on_crops else R
+            n = batch * R // s
             n_part = n // (accumulate * world())
             loss = 0
             for part in range(accumulate):
@@ -110,14 +106,16 @@ def train(
                 x, y = draw_batch(*train_set, n_part, flip, drop_label, device)
                 with devices.exchange(loss_of, part == accumulate - 1):
                     with autocast:
-                        part_loss = loss_of(x, y, *crop) / accumulate
-                    part_loss.backward()
-                loss = loss + part_loss.detach()
+                        part_loss = loss_of(x, y, s) if on_crops else loss_of(x, y)
+                    (part_loss / accumulate).backward()
+                loss = loss + part_loss.detach() / accumulate
             norm = torch.nn.utils.clip_grad_norm_(weights, clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             update_average(averages, weights, average_decay(ema, batch, progress.images, n))
-            progress.count(n, crop)
+            progress.step += 1
+            progress.images += n
+            progress.sizes[s] = progress.sizes.get(s, 0) + 1
             recent.append(torch.stack([loss, norm]))
             bar.update()
 
@@ -131,7 +129,7 @@ def train(
                 recent = []
             if report:
                 with autocast:
-                    progress.write_row(held_out_error(averaged, *held_out), group["lr"])
+                    progress.write_row(held_out_error(averaged, *held_out), rate)
             if rank() == 0 and (report or stopped):
                 state = runs.state_of(method, averaged, optimizer, progress)
                 checkpoint.write(run, about | state, keep)
@@ -162,11 +160,6 @@ def start(about, saved, device, beta_2, seed):
 
 
 # A step
-
-def crop_of(method, R, progress):
-    """(size,) of the next step's images for a method that trains on crops, else ()."""
-    return (method.draw_size(R, progress),) if hasattr(method, "draw_size") else ()
-
 
 def draw_batch(images, labels, n, flip, drop_label, device):
     """n images in [-1, 1], half of them mirrored if asked, and labels, some hidden (-1)."""

@@ -12,15 +12,17 @@ SAMPLE = "sample(noise, y, ..., randn_like)"
 OWN_DENOISER = ("sigma_min", "sigma_max", "round_sigma")
 
 
-def dry_pass(method, about, crop=()):
+def dry_pass(method, about):
     """Try loss, denoiser and one step of the sampler on two images of the run's shape.
 
-    about: dict(shape, classes). crop: () or (size,), which the loss of a method that trains on
-    crops gets too. It runs on a copy: the method's state stays. UserError that names what is
-    missing. Returns whether an image trains some of the weights only, as in a split chain.
+    about: dict(shape, classes). It runs on a copy: the method's state stays. UserError that
+    names what is missing. Returns whether an image trains some of the weights only, as in a
+    split chain.
     """
     check_parts(method)
     method = copy.deepcopy(method)
+    R = min(about["shape"][1:])
+    crop = [method.draw_size(R, 0.0)] if hasattr(method, "draw_size") else []
     device = next(method.parameters()).device
     x = torch.randn(2, *about["shape"]).clamp(-1, 1).to(device)
     y = torch.tensor([-1, 0], device=device) if about["classes"] else None
@@ -31,8 +33,6 @@ def dry_pass(method, about, crop=()):
         with torch.no_grad():
             try_denoiser(method, x, y)
             try_sampler(method, x, y)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from error
     return any(weight.grad is None for weight in method.parameters())

@@ -7,6 +7,8 @@ import sys
 import time
 import zlib
 
+from tqdm import tqdm
+
 from . import curves, datasets
 from . import device as devices
 from . import images as pixels
@@ -55,6 +57,16 @@ def check_run(run, config, saved):
             f"progressive patch sizes follow --steps, {steps} in {run}; "
             f"a resumed run cannot change it to {config['steps']}"
         )
+
+
+def read_data(config, given, saved, device):
+    """What is known of the run (`describe`), the images to train on, those held out."""
+    size = config["size"] or None
+    images, labels, classes = datasets.load(config["data"], size, config["channels"])
+    about = describe(config, given, saved, images, labels, classes)
+    if not config["conditional"]:
+        labels = None
+    return about, *prepare(images, labels, config["overfit"], device)
 
 
 def describe(config, given, saved, images, labels, classes):
@@ -119,23 +131,23 @@ def prepare(images, labels, overfit, device):
     return (images, labels), (pixels.to_float(held).to(device), held_labels)
 
 
-def make_folder(run, method, keep):
-    """Make the run's folder; UserError where the disk has no room for its checkpoints."""
-    room = (60 if keep else 40) * sum(weight.numel() for weight in method.parameters())
+def begin(run, about, method, device, precision, keep):
+    """Make the run's folder and say what is trained, where, and into which folder.
+
+    UserError where the disk has no room for its checkpoints, and one more while it is written.
+    """
+    parameters = sum(weight.numel() for weight in method.parameters())
+    room = 16 * (keep + 3) * parameters
     there = [folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists()]
     free = shutil.disk_usage(there[0]).free
     if free < room:
         needs = f"needs {room / 1e6:.0f} MB for its checkpoints"
         raise UserError(f"{run} {needs}; the disk has {free / 1e6:.0f} MB left")
     (run / "samples").mkdir(parents=True, exist_ok=True)
-
-
-def announce(name, method, device, precision, run):
-    """Say what is trained, where, and into which folder."""
-    parameters = sum(weight.numel() for weight in method.parameters())
     processes = f"{world()} processes, " if world() > 1 else ""
     precision = devices.precision_on(device, precision)
-    print(f"{name}: {parameters:,} parameters, {device}, {precision}, {processes}to {run}/")
+    what = f"{about['method']}: {parameters:,} parameters"
+    print(f"{what}, {device}, {precision}, {processes}to {run}/")
 
 
 # While it runs
@@ -147,16 +159,9 @@ class Progress:
     step: int = 0
     images: int = 0  # seen
     seconds: float = 0.0
-    sizes: dict = dataclasses.field(default_factory=dict)  # {size: steps}, of crops
+    sizes: dict = dataclasses.field(default_factory=dict)  # {size: steps}
     losses: list = dataclasses.field(default_factory=list)  # since the last row
     log: list = dataclasses.field(default_factory=list)  # rows of log.csv
-
-    def count(self, n, crop):
-        """Count a step of n images."""
-        self.step += 1
-        self.images += n
-        for size in crop:
-            self.sizes[size] = self.sizes.get(size, 0) + 1
 
     def so_far(self):
         """{"loss", "images_per_s"} since the last row."""
@@ -172,10 +177,16 @@ class Progress:
         so_far = self.so_far()
         speed = so_far.pop("images_per_s")
         rates = dict(lr=lr, images_per_s=speed, seconds=round(self.seconds, 3))
-        sizes = sorted(self.sizes, reverse=True)
-        shares = {f"share_{size}": round(self.sizes[size] / self.step, 4) for size in sizes}
+        shares = {}
+        if len(self.sizes) > 1:  # crops
+            for size in sorted(self.sizes, reverse=True):
+                shares[f"share_{size}"] = round(self.sizes[size] / self.step, 4)
         self.log.append(done | so_far | errors | rates | shares)
         self.losses = []
+
+
+def bar(step, steps):
+    return tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
 
 
 class Stop:
