@@ -174,7 +174,7 @@ def canvas(loaded, size, n):
             raise UserError(f"{other_path} and {path} draw other shapes: they share no noise")
         # That of a method which trains on crops speaks of those
         multiple = 1 if hasattr(method, "draw_size") else getattr(method, "size_multiple", 1)
-        check_size(sides, multiple, len(other["config"]["mults"]))
+        check_size(sides, multiple, checkpoint.levels_of(other))
     if 4 * n * channels * math.prod(sides) > images.memory() / 3:
         raise UserError(f"{n:,} such images need over a third of the memory: draw fewer")
     if sides != trained:

@@ -84,10 +84,10 @@ def build(about, device="cpu"):
     With device "meta" its network takes no memory. Flags that config lacks have their defaults.
     UserError for values out of range, too large a network, sizes that do not go together.
     """
-    check_ranges(about["config"])
     cls = METHODS[about["method"]]
     unet = arguments_of(UNet, about["config"])
     arguments = arguments_of(cls, about["config"])
+    check_ranges(unet | arguments)
     check_levels(unet["width"], unet["mults"], unet["attention"])
     classes = len(about["classes"])
 
@@ -110,6 +110,11 @@ def build(about, device="cpu"):
 def arguments_of(function, config):
     """Those of a config's values that are arguments of the function."""
     return {name: config.get(name, p.default) for name, p in flags_of(function).items()}
+
+
+def levels_of(about):
+    """The number of levels of its U-Net."""
+    return len(arguments_of(UNet, about["config"])["mults"])
 
 
 # Writing
@@ -267,7 +272,7 @@ def check_layout(path, checkpoint):
     if type(checkpoint) is not dict or checkpoint.keys().isdisjoint(LAYOUT):
         raise UserError(foreign)
     version = checkpoint.get("version", 1)
-    if version != VERSION and type(version) is int:
+    if type(version) is int and version != VERSION:
         raise UserError(f"{path} has layout {version}; this version reads layout {VERSION}")
     for name, kind in LAYOUT.items():
         if type(checkpoint.get(name)) is not kind:
@@ -283,21 +288,42 @@ def check_content(checkpoint):
         raise UserError(f"no image has the shape {shape!r:.60}")
     if not all(type(name) is str for name in checkpoint["classes"]):
         raise UserError("its class names are no words")
-    numbers = [checkpoint["losses"], checkpoint["sizes"], checkpoint["sizes"].values()]
-    for row in checkpoint["log"]:
-        if type(row) is not dict or not all(type(name) is str for name in row):
-            raise UserError("its log has no rows")
-        numbers.append(row.values())
-    if not all(type(value) in (int, float) for values in numbers for value in values):
-        raise UserError("its log holds something else than numbers")
-    if checkpoint["step"] < 0 or checkpoint["images"] < 0:
-        raise UserError("its step lies before the first")
+    check_log(checkpoint)
+    check_data(checkpoint["config"])
     check_types(checkpoint["config"], (METHODS[checkpoint["method"]], UNet))
     method = build(checkpoint, "meta")
     check_room(method)
     check_weights("weights", checkpoint["model"], method)
     check_weights("averaged weights", checkpoint["ema"], method)
     check_optimizer(checkpoint["optimizer"], list(method.parameters()))
+
+
+def check_log(checkpoint):
+    """UserError unless what was counted and logged are numbers, in rows of named columns."""
+    numbers = [checkpoint["losses"], checkpoint["sizes"], checkpoint["sizes"].values()]
+    numbers.append([checkpoint["step"], checkpoint["images"]])
+    for row in checkpoint["log"]:
+        if type(row) is not dict or not {"images", "seconds"} <= row.keys():
+            raise UserError("its log has no rows")
+        if not all(type(name) is str for name in row):
+            raise UserError("its log has no names of columns")
+        numbers.append(row.values())
+    if not all(is_number(value) for values in numbers for value in values):
+        raise UserError("its log holds something else than numbers")
+    if checkpoint["step"] < 0 or checkpoint["images"] < 0:
+        raise UserError("its step lies before the first")
+
+
+def is_number(value):
+    """A float, or an integer that one can hold."""
+    return type(value) is float or type(value) is int and abs(value) < 2**63
+
+
+def check_data(config):
+    """UserError unless the config says what was trained on, which all commands ask."""
+    if type(config.get("data")) is not str or type(config.get("overfit")) is not int:
+        raise UserError("it does not say what it was trained on")
+    check_ranges(dict(overfit=config["overfit"]))
 
 
 def restore_optimizer(optimizer, state):

@@ -114,6 +114,7 @@ def check_optimizer(state, weights):
 def check_tensor(what, tensor, shape, dtype):
     """UserError unless it is a plain tensor of this shape and type that fills its memory."""
     plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+    plain = plain and tensor.device.type == "cpu"
     if not plain or tensor.shape != shape or tensor.dtype != dtype:
         raise UserError(f"its {what} is not the tensor that its flags ask for")
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)

@@ -17,6 +17,8 @@ from plumbing.flags import UserError
 
 CPU = torch.device("cpu")
 CONFIG = dict(width=8, mults=(1,), attention=(0,), T=4, schedule="cosine")
+CONFIG |= dict(data="digits", overfit=0)
+ROW = dict(images=2, seconds=1.0)  # a row of the log
 
 
 def describe(method="iddpm", **more):
@@ -48,7 +50,7 @@ def content(step=1, about=None):
         model=method.state_dict(),
         ema=method.state_dict(),
         optimizer=optimizer.state_dict()["state"],
-        log=[dict(step=1, loss=0.5)],
+        log=[ROW],
     )
     return about | progress | state
 
@@ -155,7 +157,7 @@ def test_the_log_is_written_from_the_rows_of_the_checkpoint(tmp_path):
 def test_a_damaged_log_is_written_anew(run):
     (run / "log.csv").write_bytes(b"\xff\x00 no csv")
     checkpoint.write(run, content())
-    assert (run / "log.csv").read_text() == "step,loss\n1,0.5\n"
+    assert (run / "log.csv").read_text() == "images,seconds\n2,1.0\n"
 
 
 def test_keep_deletes_only_the_names_that_it_writes(tmp_path):
@@ -299,7 +301,12 @@ def test_each_key_must_be_there_and_of_its_type(run, name):
         dict(classes=["a"]),
         dict(step=-1),
         dict(log=["row"]),
-        dict(log=[dict(step="1")]),
+        dict(log=[ROW | dict(step="1")]),
+        dict(log=[ROW | dict(images=10**400)]),
+        dict(log=[ROW | {1: 1}]),
+        dict(log=[dict(step=1)]),
+        dict(images=2**63),
+        dict(version=torch.zeros(2)),
         dict(losses=[None]),
         dict(sizes={"8": 1}),
     ],
@@ -325,6 +332,10 @@ def test_values_that_training_does_not_write_are_refused(run, changes):
         dict(schedule="straight"),
         dict(clip=1),
         dict(blocks=True),
+        dict(data=3),
+        dict(data=None),
+        dict(overfit=-1),
+        dict(overfit="some"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_memory_is_asked_for(run, changes):
@@ -353,11 +364,16 @@ def one_number_stretched(tensor):
     return tensor.new_zeros(()).expand(tensor.shape)
 
 
+def without_numbers(tensor):
+    return tensor.to("meta")
+
+
 def turned(tensor):
     return tensor.clone().transpose(0, 1).contiguous().transpose(0, 1)
 
 
 WRONG = [a_number, another_shape, another_type, sparse, one_number_stretched, turned]
+WRONG += [without_numbers]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
