@@ -268,6 +268,7 @@ def main(argv):
         path = Path(config["out"] or f"runs/{name}") / "ckpt.pt"
         saved = checkpoint.read(path)
         check_types(saved["config"], [train])
+        saved["config"]["method"] = saved["method"]
         config = runs.resumed(path, saved["config"], config, given)
     train(config, saved, given, **{flag: config[flag] for flag in flags_of(train)})
 

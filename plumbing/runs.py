@@ -91,17 +91,16 @@ def describe(config, given, saved, images, labels, classes):
     latents = images.is_floating_point()
     if latents:
         config = config | forced_by_latents(config["method"], given)
-    fingerprint = zlib.crc32(images.numpy())
-    if saved is not None and saved["fingerprint"] != fingerprint:
-        raise UserError(f"{data} does not hold the images that the run was trained on")
-    return dict(
-        method=config["method"],
-        config={name: config[name] for name in config.keys() - OF_THIS_MACHINE},
+    facts = dict(
         shape=shape,
         classes=classes if config["conditional"] else [],
         latents=latents,
-        fingerprint=fingerprint,
+        fingerprint=zlib.crc32(images.numpy()),
     )
+    if saved is not None and any(saved[name] != fact for name, fact in facts.items()):
+        raise UserError(f"{data} does not hold the images and classes of the run")
+    kept = {name: config[name] for name in config.keys() - OF_THIS_MACHINE}
+    return dict(method=config["method"], config=kept) | facts
 
 
 def forced_by_latents(name, given):

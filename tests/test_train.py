@@ -392,6 +392,25 @@ def test_a_run_goes_on_with_moved_images_and_not_with_others(do, command):
     assert command(f"{resume} moved.npz")[0] == 0
 
 
+def test_a_run_goes_on_with_its_own_classes_only(do, command):
+    do("--method pdm --patch 2 --steps 2 --conditional")
+    images = np.load("set.npz")["images"]
+    np.savez("two.npz", images=images, labels=np.arange(len(images)) % 2)
+    code, _, err = command("--method pdm --steps 3 --resume --data two.npz")
+    assert code == 2
+    assert "two.npz does not hold the images and classes" in err
+
+
+def test_a_run_goes_on_with_its_own_method_whatever_its_flags_say(do, command):
+    do("--method pdm --patch 2 --steps 2")
+    saved = read("runs/pdm")
+    saved["config"]["method"] = "ddpm"
+    torch.save(saved, "runs/pdm/ckpt.pt")
+    code, _, err = command("--method ddpm --out runs/pdm --steps 3 --resume")
+    assert code == 2
+    assert "--method is pdm" in err
+
+
 def test_a_progressive_run_keeps_the_steps_that_its_sizes_follow(do, command, monkeypatch):
     def interrupted(loss, method):
         os.kill(os.getpid(), signal.SIGTERM)
