@@ -97,7 +97,7 @@ def load_features(path, device):
     try:
         net = torch.jit.load(path, map_location=device, _extra_files=extra).eval()
         net.forward.schema  # noqa: B018 (an archive without a forward)
-    except (RuntimeError, ValueError, AttributeError, OSError) as error:
+    except Exception as error:  # torch raises many kinds
         reason = (str(error).strip() or "unreadable").splitlines()[0]
         raise UserError(f"{path} is not a TorchScript network: {reason}") from error
     try:

@@ -168,6 +168,16 @@ def test_odd_words_in_a_features_file_are_refused_in_one_line(tmp_path, about):
         frechet.Features(tmp_path / "odd.pt", [3, 8, 8], "cpu")
 
 
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, KeyError])
+def test_whatever_torch_says_of_a_damaged_features_file_is_one_line(monkeypatch, error):
+    def load(*_, **options):
+        raise error("torn")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    with pytest.raises(UserError, match="x.pt is not a TorchScript network: .*torn"):
+        frechet.load_features("x.pt", "cpu")
+
+
 def test_statistics_that_were_damaged_are_made_again(tmp_path):
     save(Mean(), tmp_path / "mean.pt")
     source = tmp_path / "set.npz"
