@@ -76,9 +76,11 @@ def edit(
     name = drawing.picture_name(saved, [verb, *words, f"seed{seed}"], made_by, parameters)
     named = out is not None
     out = Path(out) if named else drawing.run_folder(path) / "samples" / f"{name}.png"
-    outputs = [out, out.with_suffix(".npy")] if verb == "invert" else [out]
-    for output, ending in zip(outputs, (".png", ".npy")):
-        drawing.prepare(output, ending, named=named)
+    outputs = [out]
+    drawing.prepare(out, ".png", named)
+    if verb == "invert":
+        outputs.append(out.with_suffix(".npy"))
+        drawing.prepare(outputs[1], ".npy", named)
 
     with torch.no_grad(), drawing.counted(method, n) as cost, drawing.guided(method, w):
         picture = function(method, inputs, y, seed, **options)

@@ -322,6 +322,7 @@ def test_every_verb_has_its_own_help(change):
         ("vary a.png --class 1", "--conditional"),
         ("vary a.png --guidance 2", "--conditional"),
         ("vary a.png --out a.jpg", ".png"),
+        ("invert a.png --out .", ".png"),
         ("blur a.png", "blur"),
         ("vary a.png --nn 3", "no such flag"),
     ],
