@@ -114,7 +114,6 @@ def check_options(verb, words, options, class_):
 
 # The verbs: (method, what `read_words` gives, classes (n,) or None, seed) -> a Picture
 
-
 def noise(method, inputs, y, seed):
     """The image under ever more of the same noise; below, what the denoiser makes of it."""
     (x_0,) = inputs
@@ -219,7 +218,6 @@ VERBS = {
 
 # How they are done
 
-
 def fill_in(D, x_0, hidden, y, steps, resample, randn_like):
     """x_0 (n, C, H, W) with the pixels that are `hidden`, (1, 1, H, W), drawn anew.
 
@@ -246,7 +244,10 @@ def between_latents(D, a, b, y, n, steps):
     one = None if y is None else y[:1]
     z_a = ode_invert(D, a, one, steps=steps, rho=RHO)
     z_b = ode_invert(D, b, one, steps=steps, rho=RHO)
-    angle = torch.acos((z_a * z_b).sum() / (z_a.norm() * z_b.norm()))
+    cosine = (z_a * z_b).sum() / (z_a.norm() * z_b.norm())
+    if cosine > 1 - 1e-6:
+        raise UserError("both images have the same latent: there is nothing between them")
+    angle = torch.acos(cosine)
     share = torch.linspace(0, 1, n, device=a.device).view(-1, 1, 1, 1)
     z = torch.sin((1 - share) * angle) * z_a + torch.sin(share * angle) * z_b
     return last(ode_sample(D, z / torch.sin(angle), y, steps=steps, rho=RHO))
@@ -293,7 +294,6 @@ def way_back(method, at, steps):
 
 
 # What the words name
-
 
 def read_words(verb, words, saved):
     """The images, (1, C, H, W) in [-1, 1], and the mask, (1, 1, H, W) bool, that words name."""
@@ -358,7 +358,6 @@ def part_of(x_0, name):
 
 
 # The command line
-
 
 def main(argv):
     join()

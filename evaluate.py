@@ -111,7 +111,6 @@ def evaluate(
 
 # What is measured on
 
-
 def data_of(saved, data, n, needs_trained):
     """Data trained on (None where it is not needed), and up to n images that were held out.
 
@@ -150,7 +149,6 @@ def check_bound(method, saved, held_out, steps):
 
 
 # Likelihood
-
 
 def measure_nll(method, held_out, steps, batch, seed, out):
     """The bound on the bits/dim of images: a dict; its terms go to out/terms.csv."""
@@ -218,7 +216,6 @@ def likelihood(method, x, y, steps, batch, seed):
 
 # Error against noise level
 
-
 def measure_error(method, trained_on, held_out, batch, seed, out):
     """The errors at each level, in a dict and in out/error.csv."""
     device = next(method.parameters()).device
@@ -236,11 +233,12 @@ def errors(D, trained_on, held_out, batch, seed, device):
     Of held-out images, of as many images trained on, and by_heart: of those, by a model that
     has learned the training images by heart, which is their posterior mean (of the image's own
     class, where there are classes). No denoiser does better there; on held-out images many do.
-    Of large sets the first 50,000 images, or 2 GB, stand for all.
+    Of large sets 50,000 images, or 2 GB, evenly spaced, stand for all.
     """
     most = min(50_000, int(5e8) // trained_on.x[0].numel())
-    known = images.to_float(trained_on.x[:most])
-    classes = None if trained_on.y is None else trained_on.y[:most]
+    few = evenly(most, len(trained_on.x))
+    known = images.to_float(trained_on.x[few])
+    classes = None if trained_on.y is None else trained_on.y[few]
     some = evenly(len(held_out.x), len(known))
     learned = known[some]
     learned_classes = None if classes is None else classes[some]
@@ -294,7 +292,6 @@ def optimal(noisy, y, sigma, known, classes):
 
 # Frechet distance
 
-
 def network_of(features, frechet, saved, device):
     """The Features that --frechet asks for, or None."""
     if frechet != (features is not None):
@@ -323,7 +320,6 @@ def measure_frechet(network, samples, trained_on, batch):
 
 
 # Nearest training images
-
 
 def measure_nearest(samples, trained_on, held_out, out):
     """How near samples lie to the training images, against how near held-out images do: a dict.
@@ -366,7 +362,6 @@ def closest(x, data, k=50):
 
 
 # What is written
-
 
 def write_table(path, rows):
     """Write a list of dicts as a .csv; of several processes only the first does."""

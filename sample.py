@@ -109,7 +109,6 @@ def sample(
 
 # What is drawn
 
-
 class Row(NamedTuple):
     """A row of the picture; all rows start from the same noise."""
 
@@ -208,8 +207,8 @@ def chain(method, sampler, options, shape):
     known = flags_of(ode_sample if sampler != "own" else type(method).sample)
     options = {name: drawing.to_number(value) for name, value in options.items()}
     for name, value in options.items():
-        takes_text = name in known and "str" in str(known[name].annotation)
-        if name not in known or isinstance(value, str) and not takes_text:
+        kinds = known[name].annotation if name in known else None
+        if not (flags.matches(value, kinds) or flags.matches(str(value), kinds)):
             raise UserError(f"--{name} {value} does not suit the sampler of {kind}")
     if isinstance(options.get("steps"), int):
         check_range("steps", options["steps"], 1, 10**6)
@@ -225,7 +224,6 @@ def chain(method, sampler, options, shape):
 
 
 # Where it is written
-
 
 def prepare(out, path, name, suffix):
     """Where to write: a file that ends in `suffix`, or a folder; the folders above are made."""
@@ -263,7 +261,6 @@ def write(drawn, rows, numbers, out):
 
 
 # The command line
-
 
 def parse(argv, function, doc, program):
     """(run, the sampler's options, the arguments of `function`) that a command line names."""

@@ -83,13 +83,13 @@ def train(
         method.net.compile()
     runs.begin(run, about, method, device, precision, keep)
 
-    R = min(about["shape"][1:])
-    on_crops = hasattr(method, "draw_size")
+    R, on_crops = min(about["shape"][1:]), hasattr(method, "draw_size")
     weights, averages = list(method.parameters()), list(averaged.parameters())
     recent = []  # loss and norm of the gradient of the last steps
     stopped = False
     started = time.time() - progress.seconds
-    with checkpoint.locked(run), runs.Stop() as stop, runs.bar(progress.step, steps) as bar:
+    bar = runs.bar(progress.step, steps)
+    with runs.alone(run, config, saved), runs.Stop() as stop, bar:
         while progress.step < steps and not stopped:
             step = progress.step
             rate = learning_rate(step, steps, lr, warmup, decay, cooldown)
@@ -129,15 +129,16 @@ def train(
                 recent = []
             if report:
                 with autocast:
-                    progress.write_row(held_out_error(averaged, *held_out), rate)
+                    errors = held_out_error(averaged, *held_out, batch // accumulate)
+                progress.write_row(errors, rate)
             if rank() == 0 and (report or stopped):
                 state = runs.state_of(method, averaged, optimizer, progress)
                 checkpoint.write(run, about | state, keep)
             if rank() == 0 and report:
                 with autocast:
-                    drawn = preview(averaged, about["shape"], about["classes"], grid)
+                    drawn = preview(averaged, about, grid, batch // accumulate)
                 runs.save_pictures(run, progress, drawn)
-    runs.say_what_next(run, progress.step, steps)
+    runs.say_what_next(run, progress.step, steps, stop)
 
 
 # Before the first step
@@ -217,8 +218,8 @@ def check_finite(recent, step):
 # A report
 
 @torch.no_grad()
-def held_out_error(method, x, y, n=64):
-    """{"rmse_<sigma>": error of x_0_hat} at fixed noise, n images at a time."""
+def held_out_error(method, x, y, n):
+    """{"rmse_<sigma>": error of x_0_hat} at fixed noise, up to n images at a time."""
     D = denoiser(method)
     eps = seeded_noise([(0, i) for i in range(len(x))])(x)
     errors = {}
@@ -231,11 +232,12 @@ def held_out_error(method, x, y, n=64):
 
 
 @torch.no_grad()
-def preview(method, shape, classes, count, n=64):
+def preview(method, about, count, n):
     """`count` images from the same noise every time, by the method's own sampler.
 
-    A chain of T steps is cut to 50. Classes take turns.
+    Up to n at a time. A chain of T steps is cut to 50. Classes take turns.
     """
+    shape, classes = about["shape"], about["classes"]
     device = next(method.parameters()).device
     chain = dict(steps=min(50, method.T)) if hasattr(method, "kept_steps") else {}
     drawn = []

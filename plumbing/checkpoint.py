@@ -149,7 +149,9 @@ def to_cpu(tensors):
 
 
 def write_log(run, rows):
-    """log.csv; a column that earlier rows lack, such as a size not yet drawn, is 0 in them."""
+    """log.csv, once there are rows; a column that earlier rows lack is 0 in them."""
+    if not rows:
+        return
     columns = dict.fromkeys(name for row in rows for name in row)
     with written_whole(run / "log.csv", "w") as file:
         writer = csv.DictWriter(file, columns, restval=0, lineterminator="\n")

@@ -6,6 +6,7 @@ import re
 from PIL import Image, ImageDraw, ImageFont
 
 from . import images
+from .flags import UserError
 
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f")
 WIDTH, HEIGHT = 480, 360  # of a panel
@@ -76,7 +77,10 @@ def save_progress(folder, rows, path):
     names = sorted(p for p in folder.iterdir() if re.fullmatch(r"\d{6,}\.png", p.name))
     strips = []
     for name in names:
-        grid = images.open_image(name)
+        try:
+            grid = images.open_image(name)
+        except UserError:  # a picture that was damaged is no reason to stop a run
+            continue
         height = (grid.height - images.GAP) // rows
         strips.append((int(name.stem), grid.crop((0, 0, grid.width, height))))
     strips = [strip for strip in strips if strip[1].size == strips[-1][1].size]

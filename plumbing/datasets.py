@@ -165,7 +165,6 @@ def read(path, size, channels):
 
 # Image files
 
-
 def from_folder(folder, size, channels):
     """Images in a folder and its sub-folders; or idx files, or CIFAR-10's, if it holds any."""
     idx = sorted(folder.glob("*images*idx3-ubyte*"))
@@ -287,7 +286,6 @@ def classes_of(files):
 
 
 # Arrays
-
 
 def from_arrays(path, size, channels):
     """.npy: uint8 (N,C,H,W), (N,H,W,C) or (N,H,W), or float latents (N,C,H,W).
@@ -417,7 +415,6 @@ def resize(image, size):
 
 # MNIST's files
 
-
 def from_idx(path, size, channels):
     """...images-idx3-ubyte, .gz or not, with ...labels-idx1-ubyte beside it.
 
@@ -458,7 +455,6 @@ def read_idx(path, dimensions):
 
 
 # CIFAR-10's binary version
-
 
 def from_cifar_files(paths, size, channels):
     """data_batch_*.bin, with batches.meta.txt beside them or not."""

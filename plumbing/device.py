@@ -100,7 +100,7 @@ def seeded_noise(keys):
 # Several processes, started by torchrun
 
 def join():
-    """Join the processes that torchrun started, if it did; all but the first fall silent."""
+    """Join the processes that torchrun started, if it did; only the first one reports."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or torch.distributed.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -108,7 +108,6 @@ def join():
     atexit.register(torch.distributed.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-        sys.stderr = sys.stdout
 
 
 def joined():

@@ -22,7 +22,6 @@ MOST_FRAMES = 60  # of a chain, in an animation
 
 # Round the network, for the time of the sampling
 
-
 @contextlib.contextmanager
 def changed(method, **attributes):
     """While it is open, these attributes of the method (net, clip, variance) are others."""
@@ -84,7 +83,6 @@ class Cost:
 
 
 # Images
-
 
 def draw(run, shape, keys, batch=64, labels=None, device="cpu"):
     """Images (n, C, H, W) in [-1, 1], on the CPU; image k depends on keys[k], (seed, i), alone.
@@ -168,7 +166,6 @@ def in_batches(function, n, batch):
 
 # What a command line asks for
 
-
 def keys_of(seed, seeds, n, default_n=64):
     """[(seed, i), ...], one an image: of --seeds such as 0-63,100, or of --seed and --n."""
     if seeds is None:
@@ -236,7 +233,6 @@ def guidance_note(labels, w):
 
 
 # Where a picture is written
-
 
 def run_folder(path):
     """The folder of the run that a path names, itself or by a checkpoint in it."""

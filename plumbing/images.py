@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +45,6 @@ def to_image(x):
 
 
 # Pictures of many images
-
 
 def save_grid(x, path, columns=None, labels=()):
     """Write images (B, C, H, W), uint8 or in [-1, 1], as one picture.
@@ -126,14 +126,19 @@ def columns_of(x):
 
 
 def save(picture, path, **options):
+    """Write a Pillow image whole or not at all; its suffix names the format."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        picture.save(path, **options)
-    except (OSError, ValueError) as error:
+        kind = Image.registered_extensions()[path.suffix.lower()]
+        picture.save(temporary, kind, **options)
+        os.replace(temporary, path)
+    except (OSError, ValueError, KeyError) as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {printable(path)}: {because(error)}") from error
 
 
 # Image files
-
 
 def open_image(source, name=None):
     """The Pillow image of a file, decoded and upright; of an animation the first.
@@ -186,7 +191,6 @@ def fit(image, size):
 
 # What an error says
 
-
 @contextlib.contextmanager
 def reading(name):
     """Around calls of a library that decodes a file: what they raise becomes a UserError.
@@ -213,7 +217,6 @@ def because(error):
 
 
 # What fits in memory
-
 
 def memory():
     """Bytes of this machine's memory; where they cannot be known (Windows), 8 GB."""

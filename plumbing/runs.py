@@ -1,4 +1,5 @@
 """A training run around its loop: what is checked first, how far it is, what ends it."""
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -9,11 +10,11 @@ import zlib
 
 from tqdm import tqdm
 
-from . import curves, datasets
+from . import checkpoint, curves, datasets
 from . import device as devices
 from . import images as pixels
 from .checkpoint import METHODS
-from .device import world
+from .device import rank, world
 from .flags import UserError, as_flag
 
 # What --resume may change; the data may move, not change.
@@ -184,8 +185,17 @@ class Progress:
         self.losses = []
 
 
+@contextlib.contextmanager
+def alone(run, config, saved):
+    """While it is open no other process trains in this folder; UserError if one does or did."""
+    with checkpoint.locked(run):
+        check_run(run, config, saved)
+        yield
+
+
 def bar(step, steps):
-    return tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5)
+    silent = rank() > 0
+    return tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5, disable=silent)
 
 
 class Stop:
@@ -196,6 +206,7 @@ class Stop:
 
     def __enter__(self):
         self.asked = None
+        self.number = signal.SIGINT
         signals = (signal.SIGINT, signal.SIGTERM)
         self.before = {number: signal.signal(number, self.ask) for number in signals}
         return self
@@ -205,6 +216,7 @@ class Stop:
         if self.asked and time.time() > self.asked + 2:
             raise KeyboardInterrupt
         self.asked = self.asked or time.time()
+        self.number = number
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -234,11 +246,11 @@ def picture(run, step):
 
 # At the end
 
-def say_what_next(run, step, steps):
-    """The paths written; exit code 130 where the run was stopped before its end."""
+def say_what_next(run, step, steps, stop):
+    """The paths written; exit code 130 or 143 where a signal stopped the run before its end."""
     path = run / "ckpt.pt"
     if step < steps:
         print(f"stopped at step {step}; {path} is written, --resume goes on")
-        sys.exit(130)
+        sys.exit(128 + stop.number)
     print(f"wrote {path}, {run / 'log.csv'} and {picture(run, step)}")
     print(f"now: python sample.py {path}")

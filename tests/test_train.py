@@ -311,7 +311,7 @@ def test_one_overfitted_image_comes_back(command, line):
     )
     assert code == 0, err
     method, saved = checkpoint.load("run", device="cpu")
-    samples = train.preview(method, saved["shape"], [], 4)
+    samples = train.preview(method, dict(shape=saved["shape"], classes=[]), 4, 4)
     expected = torch.tensor(image) / 127.5 - 1
     errors = (samples - expected).square().mean((1, 2, 3)).sqrt()
     assert errors.max() < 0.2  # the pixels' own spread is 0.75
