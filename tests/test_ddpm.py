@@ -85,8 +85,20 @@ def test_two_steps_are_the_fewest():
 @pytest.mark.function("ddpm", "DDPM.__init__")
 @pytest.mark.parametrize("betas", [{"beta_1": 0.0}, {"beta_1": -1e-4}, {"beta_T": 1.0}])
 def test_a_beta_outside_0_to_1_is_refused(betas):
-    with pytest.raises(ValueError, match="beta outside"):
+    with pytest.raises(ValueError, match="^beta_1 .* a beta outside"):
         DDPM(zero_net, 1, **betas)
+
+
+@pytest.mark.function("ddpm", "DDPM.__init__")
+@pytest.mark.parametrize("beta", [-0.5, 0.0, 1.0])
+def test_given_betas_outside_0_to_1_are_refused(beta):
+    with pytest.raises(ValueError, match="a beta outside"):
+        DDPM(zero_net, 1, T=2, betas=tensor([beta, 0.5]))
+
+
+@pytest.mark.function("ddpm", "DDPM.__init__")
+def test_latents_are_not_clipped():
+    equal(DDPM.latent_config, {"clip": False})
 
 
 # Forward process
@@ -459,6 +471,7 @@ def test_a_chain_of_one_step_has_no_bound():
     (60, None, [1, 2]),
     (1000, 10, [1, 112]),
     (1000, [3, 40, 900], [3, 40]),
+    (1000, [3, 40], [3, 40]),
 ])
 def test_the_decoder_of_any_chain_has_the_variance_of_its_second_step(
     variance, T, steps, first_two
@@ -476,6 +489,13 @@ def test_the_decoder_of_any_chain_has_the_variance_of_its_second_step(
 def test_a_chain_of_one_step_has_the_variance_that_the_step_adds():
     chain = Chain(DDPM(zero_net, 1).alpha_bar, [1000])
     close(chain.log_beta_tilde(1, 0), (1 - ab[1000]).log(), what="log beta")
+
+
+@pytest.mark.function("ddpm", "Chain.log_beta_tilde")
+@pytest.mark.parametrize("t, s", [(2, 1), (9, 1), (9, 4)])
+def test_over_several_steps_log_beta_tilde_is_that_of_both_ends(t, s):
+    expected = (1 - ab[s]) / (1 - ab[t]) * (1 - ab[t] / ab[s])
+    close(DDPM(zero_net, 1).log_beta_tilde(t, s), expected.log())
 
 
 @pytest.mark.equation("ddpm", "Eq. 5, L_T")

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import itertools
 import math
@@ -22,8 +23,18 @@ from helpers import (
     zero_net,
 )
 
+import edm
 from ddpm import DDPM
-from edm import EDM, augment, denoiser, iddpm_levels, ode_invert, ode_sample, sigma_steps
+from edm import (
+    EDM,
+    augment,
+    denoiser,
+    draw_warp,
+    iddpm_levels,
+    ode_invert,
+    ode_sample,
+    sigma_steps,
+)
 from iddpm import IDDPM
 from pdm import PDM
 from unet import UNet
@@ -256,6 +267,13 @@ def test_each_other_column_trains_at_its_own_noise_levels(column):
     holds(apart < 2 / math.sqrt(B), even, farthest_apart=apart)
 
 
+@pytest.mark.equation("edm", "Table 1, VP noise")
+def test_vp_trains_down_to_t_of_1e_5(monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.ones)  # the end of its range
+    sigma = EDM(zero_net, 1, p_train="vp").draw_sigma(1)
+    close(sigma.item(), math.expm1(19.9 * 1e-10 / 2 + 0.1 * 1e-5) ** 0.5, rtol=1e-5)
+
+
 @pytest.mark.equation("edm", "Table 1, VE noise")
 def test_ve_trains_from_0_02_to_100():
     sigma = EDM(zero_net, 1, p_train="ve").draw_sigma(40_000)
@@ -294,8 +312,20 @@ def test_a_checkpoint_holds_what_was_learned_and_nothing_else():
         equal(list(EDM(zero_net, 1, precond=precond).state_dict()), [])
 
 
-@pytest.mark.function("edm", "EDM.__init__", "ode_sample")
+@pytest.mark.function("edm", "sigma_steps", "noise_range")
+@pytest.mark.parametrize("column, expected", [
+    ("ve", (0.02, 100.0)), ("iddpm", (0.002, 81.0)), ("edm", (0.002, 80.0)),
+])
+def test_a_column_samples_between_its_own_noise_levels(column, expected):
+    equal(edm.COLUMNS[column].sampling_range, expected)
+
+
+@pytest.mark.function("edm", "EDM.__init__", "EDM.sample", "ode_sample", "ode_invert")
 @pytest.mark.parametrize("function, expected", [
+    (edm.COLUMNS["edm"], {"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2}),
+    (EDM.sample, {"steps": 18, "rho": 7.0, "S_churn": 0.0}),
+    (EDM.sample, {"S_tmin": 0.0, "S_tmax": math.inf, "S_noise": 1.0}),
+    (ode_invert, {"steps": 18, "rho": 3}),
     (EDM, {"sigma_data": 0.5, "P_mean": -1.2, "P_std": 1.2, "precond": "edm"}),
     (ode_sample, {"steps": 18, "solver": "heun", "rho": 7.0, "alpha": 1.0}),
     (ode_sample, {"S_churn": 0.0, "S_tmin": 0.0, "S_tmax": math.inf, "S_noise": 1.0}),
@@ -739,12 +769,18 @@ def test_churn_acts_from_S_tmin_to_S_tmax_only(outside):
 
 @pytest.mark.equation("edm", "Algorithm 2, gamma_i")
 @pytest.mark.function("edm", "ode_sample", "EDM.sample")
-def test_churn_acts_at_S_tmin_and_S_tmax_themselves():
+@pytest.mark.parametrize("sampler", ["EDM.sample", "ode_sample"])
+def test_churn_acts_at_S_tmin_and_S_tmax_themselves(sampler):
     noise = torch.randn(4, 1, 1, 1)
-    D = Gaussian().D
     only = sigma_steps(18)[3].item()
-    churned = last(ode_sample(D, noise, S_churn=40.0, S_tmin=only, S_tmax=only))
-    moved = (churned - last(ode_sample(D, noise))).abs().max()
+
+    def sampled(**options):
+        if sampler == "EDM.sample":
+            return last(EDM(zero_net, 1).sample(noise, **options))
+        return last(ode_sample(Gaussian().D, noise, **options))
+
+    churned = sampled(S_churn=40.0, S_tmin=only, S_tmax=only)
+    moved = (churned - sampled()).abs().max()
     holds(moved > 1e-4, "churn at one level moves the samples", farthest=moved)
 
 
@@ -800,6 +836,14 @@ def test_labels_reach_the_denoiser():
 def test_options_that_cannot_be_are_refused(options, word):
     with pytest.raises(ValueError, match=word):
         last(ode_sample(gauss, latent, **options))
+
+
+@pytest.mark.function("edm", "check_churn", "EDM.sample", "ode_sample")
+def test_churn_that_cannot_be_is_refused_with_the_numbers_given():
+    options = {"S_churn": -1.0, "S_tmin": 2.0, "S_noise": 3.0}
+    for sample in (EDM(zero_net, 1).sample, functools.partial(ode_sample, gauss)):
+        with pytest.raises(ValueError, match="got -1, 2 and 3"):
+            last(sample(latent, **options))
 
 
 @pytest.mark.function("edm", "check_times")
@@ -948,7 +992,7 @@ def test_images_that_are_moved_are_moved_and_mirrored_independently():
 @pytest.mark.function("edm", "draw_warp")
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_every_angle_is_as_likely(p):
-    labels = augment(torch.zeros(20_000, 1, 1, 1), p)[1].double()
+    labels = draw_warp(200_000, p, "cpu")[0].double()
     turned = torch.atan2(labels[:, 4], labels[:, 3] + 1)[labels[:, 4] != 0]
     stretched = torch.atan2(labels[:, 6], labels[:, 5])[labels[:, 5] != 0]
     for name, angle in {"a_3": turned, "a_4": stretched}.items():
@@ -956,6 +1000,18 @@ def test_every_angle_is_as_likely(p):
         apart = (share - torch.linspace(0, 1, len(share)).double()).abs().max()
         even = f"{name} is spread evenly, to 2 / sqrt(n) (Kolmogorov-Smirnov)"
         holds(apart < 2 / len(share) ** 0.5, even, farthest_apart=apart)
+
+
+@pytest.mark.equation("edm", "Table 6, a_4", "Table 6, a_5")
+@pytest.mark.function("edm", "draw_warp")
+def test_along_any_axis_images_shrink_as_often_as_they_stretch():
+    labels, back, _ = draw_warp(100_000, 0.5, "cpu")
+    alone = (labels[:, [0, 1, 2, 4]] == 0).all(1) & (labels[:, 5] != 0) & (labels[:, 6] > 0)
+    along = labels[alone, 5:7]
+    along = along / along.norm(dim=1, keepdim=True)
+    factor = (along[:, None] @ back[alone] @ along[:, :, None]).flatten()
+    share = (factor < 1).double().mean()
+    within(share, 0.5, 0.5 / len(factor) ** 0.5, what="the share that stretches along a_4")
 
 
 @pytest.mark.equation("edm", "Table 6, enabled with")

@@ -309,6 +309,11 @@ def by_size(size):
     return 0.999 * size / size.sum() + 0.001 / len(size)
 
 
+@pytest.mark.function("iddpm", "IDDPM.__init__")
+def test_latents_are_not_clipped_and_have_no_bound():
+    equal(IDDPM.latent_config, {"clip": False, "objective": "simple"})
+
+
 @pytest.mark.equation("iddpm", "Eq. 18")
 @pytest.mark.function("iddpm", "LossAwareSampler.probabilities", "LossAwareSampler.update")
 def test_p_t_follows_the_root_mean_square_of_the_last_ten_losses():
@@ -331,6 +336,22 @@ def test_the_last_ten_losses_count_however_often_a_step_comes_in_a_batch():
     last_ten = torch.arange(seen - 10, seen).double() ** 2
     root_mean_square = torch.stack([last_ten.square().mean().sqrt(), tensor(300.0)])
     close(sampler.probabilities(), by_size(root_mean_square), rtol=1e-5, what="p_t")
+
+
+@pytest.mark.function("iddpm", "LossAwareSampler.update", "of_all_processes")
+def test_the_losses_of_every_process_count(monkeypatch):
+    def two_processes(parts, x):
+        parts[0].copy_(x)
+        parts[1].copy_(x + 1)
+
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True, raising=False)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2, raising=False)
+    monkeypatch.setattr(torch.distributed, "all_gather", two_processes, raising=False)
+    sampler = LossAwareSampler(2)
+    for _ in range(10):
+        sampler.update(torch.tensor([1]), torch.tensor([2.0]))
+    close(sampler.probabilities(), by_size(tensor([2.0, 3.0])), rtol=1e-5, what="p_t")
 
 
 @pytest.mark.equation("iddpm", "Eq. 18")
