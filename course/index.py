@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAPERS = ("ddpm", "iddpm", "pdm", "edm", "patch_diffusion")
+
+
+def papers():
+    """The names of the files whose first lines give a paper's arXiv number, as they build on
+    one another; a sixth paper comes last.
+    """
+    five = ["ddpm", "iddpm", "pdm", "edm", "patch_diffusion"]
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(ROOT.glob("*.py"))}
+    here = [name for name, text in texts.items() if "arXiv:" in text[:300]]
+    return tuple([name for name in five if name in here] + sorted({*here} - {*five}))
+
+
+PAPERS = papers()
 
 # One equation: numbered, of another paper where its name stands before; PDM numbers none
 NUMBERED = r"(?:[A-Z]+ )?(?:Eq\. \d+|Algorithm \d+|Table \d+|Sec\. \d[\d.]*|App\. [A-Z][\d.]*)"
@@ -84,6 +96,39 @@ def marks(file):
             else:
                 found += [Mark(test, paper, "", name) for name in names]
     return found
+
+
+def find(file, name):
+    """The qualified name of the function that is called so: Class.f, or f where one is."""
+    names = list(functions(file))
+    if name in names:
+        return name
+    ending = [other for other in names if other.endswith(f".{name}")]
+    if len(ending) == 1:
+        return ending[0]
+    what = f"{len(ending)} functions are" if ending else "no function is"
+    raise ValueError(
+        f"{what} called {name} in {Path(file).name}: choose one of {', '.join(ending or names)}"
+    )
+
+
+def graded(paper):
+    """{function: its tests}, those that name it, or ask for one of its tags and name none."""
+    all_marks = marks(ROOT / "tests" / f"test_{paper}.py")
+    of_paper = [mark for mark in all_marks if mark.paper == paper]
+    naming = {mark.test for mark in of_paper if mark.function}
+    with_tag = {}
+    for tag in tags(ROOT / f"{paper}.py"):
+        with_tag.setdefault(tag.tag, []).append(tag.function)
+    tests = {name: {} for name in functions(ROOT / f"{paper}.py")}
+    for mark in of_paper:
+        names = [mark.function]
+        if not mark.function:
+            names = [] if mark.test in naming else with_tag.get(mark.tag, [])
+        for name in names:
+            if name in tests:
+                tests[name][mark.test] = None
+    return {name: list(of_name) for name, of_name in tests.items() if of_name}
 
 
 def table():
