@@ -256,6 +256,7 @@ def test_an_error_does_not_land_in_a_file_where_stderr_is_closed(tmp_path):
     assert (tmp_path / "x").read_text() == ""
 
 
+@needs_bash
 def test_a_warning_is_no_second_line_of_an_error(capsys):
     done = command("import warnings; warnings.warn('odd'); raise flags.UserError('wrong')")
     assert done.stderr == "error: wrong\n"

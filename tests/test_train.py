@@ -337,7 +337,7 @@ def test_a_signal_finishes_the_step_saves_and_resuming_is_exact(
     do, command, monkeypatch, number
 ):
     def interrupted(loss, method):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         return loss
 
     with monkeypatch.context() as patch:
@@ -413,7 +413,7 @@ def test_a_run_goes_on_with_its_own_method_whatever_its_flags_say(do, command):
 
 def test_a_progressive_run_keeps_the_steps_that_its_sizes_follow(do, command, monkeypatch):
     def interrupted(loss, method):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return loss
 
     line = "--method patch_diffusion --sizes progressive --steps 8"
