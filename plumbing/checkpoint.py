@@ -191,7 +191,7 @@ def locked(run):
         yield
         return
     path = run / "ckpt.lock"
-    file = open(path, "w")
+    file = open(path, "a")  # on Windows a locked file cannot be cut to nothing
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
