@@ -100,8 +100,7 @@ def train(
             n = batch * R // s
             n_part = n // (accumulate * world())
             loss = 0
-            for part in range(accumulate):
-                # Each part has its own random numbers, whichever process draws it
+            for part in range(accumulate):  # its random numbers are its own, whoever draws it
                 torch.manual_seed(seed_of(seed, step, 1 + rank() * accumulate + part))
                 x, y = draw_batch(*train_set, n_part, flip, drop_label, device)
                 with devices.exchange(loss_of, part == accumulate - 1):
@@ -138,6 +137,7 @@ def train(
                 with autocast:
                     drawn = preview(averaged, about, grid, batch // accumulate)
                 runs.save_pictures(run, progress, drawn)
+                started = time.time() - progress.seconds  # a report is no training
     runs.say_what_next(run, progress.step, steps, stop)
 
 
