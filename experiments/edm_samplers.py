@@ -1,57 +1,92 @@
-"""EDM's claim on samplers: the same quality from far fewer evaluations of one network that was trained as a DDPM (Fig. 2, Table 3).
+"""EDM's claim on samplers: the same quality from far fewer evaluations of one network that was
+trained as a DDPM (Fig. 2, Table 3).
 
     python experiments/edm_samplers.py --quick                      # trains the network first
-    python experiments/edm_samplers.py runs/ddpm/ckpt.pt --quick
+    python experiments/edm_samplers.py runs/ddpm --quick
 
-Draws from one checkpoint by the ancestral chain, DDIM, Euler and Heun, walks the ladder of Fig. 2 (Heun, then EDM's noise levels, then its schedule,
-then its scaling), and varies rho; writes a table, a plot if matplotlib is there, and a grid with a row for each sampler.
+Draws from one checkpoint by the ancestral chain, DDIM, Euler and Heun, walks the ladder of
+Fig. 2 (Heun, then EDM's noise levels, then its schedule, then its scaling), and varies rho;
+writes a table, a plot if matplotlib is there, and a grid with a row for each sampler.
 """
-import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from edm import denoiser, ode_sample
-from train import command, script
-from common import Score, check, claim, run_once, three_levels
+from experiments.common import Setup, choose, prepare, three_levels, train_once
+from experiments.judge import Case, Judge, compare
+from experiments.report import claim
+from plumbing.flags import UserError, run, script
+
+# The rungs of Fig. 2 below EDM's own, which is Heun in 18 steps
+LADDER = {
+    "Heun, all VP": dict(discretization="vp", schedule="vp", scaling="vp"),
+    "EDM's levels": dict(schedule="vp", scaling="vp"),
+    "EDM's levels and schedule": dict(scaling="vp"),
+}
 
 
-def edm_samplers(path=None, *,
-                 features: str | None = None,  # TorchScript file for the Frechet distance; default: one trained on the data's classes; none: no distance
-                 quick: bool = False,           # 128 images of each, fewer steps and a network of 16x16, for two CPU cores
-                 data: str = "digits",          # where no checkpoint is given: what train.py's --data takes,
-                 size: int | None = None,       # image size; default 32, quick 16,
-                 train_steps: int | None = None,  # and training steps; default 30,000, quick 2,500
-                 n: int | None = None,          # images of each; default 2,000, quick 128
-                 seeds: int = 3,                # times that each is drawn; their mean and spread count
-                 batch: int | None = None,      # images at a time; default 64, on CUDA 500
-                 out: str = "runs/edm-samplers",  # folder of edm_samplers.csv, .png and the grid
-                 device: str | None = None):    # cuda, mps or cpu
-    """Draw, measure, write. Raises ValueError for a file that is none."""
-    check(features)
-    size = size or (16 if quick else 32)
-    path = path or run_once(Path(out) / f"ddpm-{Path(data).stem}-{size}", f"--method ddpm --size {size} {three_levels(size)}", data, train_steps or (2500 if quick else 30_000), device)
-    score = Score(path, features, n or (128 if quick else 2000), seeds, device, batch)
-    if getattr(score.method, "T", 0) < 250:
-        raise ValueError(f"{path} is not of a DDPM (or Improved DDPM, PDM) with 250 steps or more")
-    D, own = denoiser(score.method), score.method.sample
-    ode = functools.partial(ode_sample, D)
-    old = dict(discretization="vp", schedule="vp", scaling="vp")
-    cases = [("ancestral", steps, own, dict(steps=steps)) for steps in ((100, 250) if quick else sorted({50, 100, 250, score.method.T}))]
-    cases += [("DDIM", steps, own, dict(steps=steps, eta=0.0)) for steps in ((18, 35) if quick else (10, 18, 35, 79))]
-    cases += [("Euler", steps, ode, dict(steps=steps, solver="euler")) for steps in ((18, 35) if quick else (10, 18, 35, 79))]
-    cases += [("Heun", steps, ode, dict(steps=steps)) for steps in ((5, 9, 18) if quick else (5, 9, 18, 40))]
-    cases += [("Euler, all VP", 35, ode, old | dict(steps=35, solver="euler"))]
-    cases += [(name, 18, ode, dict(steps=18) | options) for name, options in (                  # the last rung, and rho = 7, is Heun in 18 steps above
-        ("Heun, all VP", old), ("EDM's levels", old | dict(discretization="edm")), ("EDM's levels and schedule", dict(scaling="vp")))]
-    cases += [(f"rho = {rho}", 18, ode, dict(steps=18, rho=rho)) for rho in (3, 5, 9)]
-    found = {(line["sampler"], line["steps"]): line for line in score.table(cases, Path(out) / "edm_samplers.csv", "evaluations")}
-    one, two = found["ancestral", 250], found["Heun", 18]
-    claim("Heun on EDM's noise levels needs far fewer evaluations of one network (EDM, Table 3)", "VP network, 256 to 35 evaluations: 2.85 to 2.93 FID",
-        f"Frechet {one.get('frechet')} in {one['evaluations']}, {two.get('frechet')} in {two['evaluations']}")
+def edm_samplers(
+    path=None,
+    *,
+    quick: bool = False,  # 128 images of each, fewer steps, 16x16; for two CPU cores
+    data: str = "digits",  # where no checkpoint is given: what train.py's --data takes,
+    size: int | None = None,  # image size; default 32, quick 16,
+    train_steps: int | None = None,  # and training steps; default 30,000, quick 2,500
+    n: int | None = None,  # images of each; default 2,000, quick 128
+    seeds: int = 3,  # times that each is drawn; their mean and spread count
+    batch: int | None = None,  # images at a time; default 64, on CUDA 500
+    features: str | None = None,  # TorchScript file; default one is trained; none: no distance
+    flags: str = "",  # more of train.py's flags, in quotes
+    out: str = "runs/edm-samplers",  # folder of edm_samplers.csv, .png and the grid
+    device: str | None = None,  # cuda, mps or cpu
+):
+    """Draw, measure, write. UserError for a checkpoint of another kind."""
+    size = choose(size, quick, 16, 32)
+    train_steps = choose(train_steps, quick, 2500, 30_000)
+    n = choose(n, quick, 128, 2000)
+    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags)
+    prepare(setup, seeds=seeds, batch=batch, train_steps=train_steps)
+    if path is None:
+        words = f"--method ddpm {three_levels(size)}"
+        path = train_once(setup, f"ddpm-{setup.stem}", words)
+    judge = Judge(path, features, n, seeds, batch, device)
+    T = getattr(judge.method, "T", 0)
+    if T < 250:
+        raise UserError(f"{path} is not of a DDPM (or Improved DDPM, PDM) of 250 steps or more")
+    found = compare(cases_of(judge, quick, T), setup.out / "edm_samplers.csv", "evaluations")
+    one = found["ancestral", 250]
+    two = found["Heun", 18]
+    ours = f"{one.frechet} in {one.evaluations:.0f}, {two.frechet} in {two.evaluations:.0f}"
+    text = "Heun on EDM's noise levels needs far fewer evaluations of one network"
+    paper = "VP network, 256 to 35 evaluations: 2.85 to 2.93 FID"
+    claim(f"{text} (EDM, Table 3)", paper, f"Frechet {ours}")
+
+
+def cases_of(judge, quick, T):
+    """The samplers, each in several numbers of steps."""
+    short = choose(None, quick, (18, 35), (10, 18, 35, 79))
+    cases = []
+
+    def add(name, steps, sampler, **options):
+        cases.append(Case(name, steps, judge.chain(sampler, steps=steps, **options), judge))
+
+    for steps in choose(None, quick, (100, 250), sorted({50, 100, 250, T})):
+        add("ancestral", steps, "own")
+    for steps in short:
+        add("DDIM", steps, "own", eta=0.0)
+    for steps in short:
+        add("Euler", steps, "euler")
+    for steps in choose(None, quick, (5, 9, 18), (5, 9, 18, 40)):
+        add("Heun", steps, "heun")
+    add("Euler, all VP", 35, "euler", **LADDER["Heun, all VP"])
+    for name, options in LADDER.items():
+        add(name, 18, "heun", **options)
+    for rho in (3.0, 5.0, 9.0):
+        add(f"rho = {rho:g}", 18, "heun", rho=rho)
+    return cases
 
 
 main = script(edm_samplers, __doc__)
 
 if __name__ == "__main__":
-    command(main)
+    run(main)

@@ -1,0 +1,193 @@
+"""Frechet distance and error by noise level of one checkpoint, beside its training data."""
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from edm import denoiser
+from evaluate import Data, errors, write_table
+from experiments.common import check_features, train_once
+from experiments.report import curves_of, plot, save_rows, write
+from experiments.tools import features as classifier
+from plumbing import checkpoint, images
+from plumbing.datasets import evenly, hold_out, load_like
+from plumbing.drawing import counted
+from plumbing.flags import UserError
+from plumbing.frechet import Features, frechet_distance, moments
+from sample import chain, draw
+
+FEATURES_BATCH = 256
+
+
+class Drawn(NamedTuple):
+    """What a sampler drew, over several seeds of the noise."""
+
+    images: torch.Tensor  # (n, C, H, W) in [-1, 1], of the first seed
+    distances: list  # by seed; empty where none is measured
+    evaluations: float  # of the network, for each image
+    seconds: float  # for each image
+
+    @property
+    def frechet(self):
+        return round(statistics.mean(self.distances), 2) if self.distances else None
+
+    def columns(self):
+        """The mean distance and the largest difference between seeds, for a table."""
+        if not self.distances:
+            return {}
+        spread = max(self.distances) - min(self.distances)
+        return dict(frechet=self.frechet, spread=round(spread, 2))
+
+
+class Result(NamedTuple):
+    """What became of a run."""
+
+    path: Path  # its checkpoint
+    errors: dict  # {"rmse_<sigma>": error on held-out images}
+    drawn: Drawn
+
+    def columns(self):
+        return self.errors | self.drawn.columns()
+
+
+class Judge:
+    """Draws from a checkpoint and compares with its data; without features it only draws."""
+
+    def __init__(self, path, features, n, seeds=3, batch=None, device=None):
+        self.method, self.saved = checkpoint.load(path, device=device)
+        self.device = next(self.method.parameters()).device
+        self.n = n
+        self.batch = batch or (500 if self.device.type == "cuda" else 64)
+        self.labels = None
+        if self.saved["classes"]:
+            self.labels = torch.arange(n) % len(self.saved["classes"])
+        source = self.saved["config"]["data"]
+        self.trained_on, self.held_out = data_of(path, self.saved, source)
+        features = features_file(features, source, self.saved["shape"], device)
+        self.seeds = seeds if features else 1
+        self.network = None
+        if features:
+            self.network = Features(features, self.saved["shape"], self.device)
+            known = self.trained_on.x
+            self.known = self.network.statistics(known, source, FEATURES_BATCH)
+            if n <= self.network.dimensions:
+                print(f"warning: {n} images are few for {self.network.dimensions} features")
+
+    def chain(self, sampler="own", **options):
+        """A sampler of sample.py under these options; no more steps than the method has."""
+        if "steps" in options and sampler == "own":
+            options["steps"] = min(options["steps"], getattr(self.method, "T", 10**6))
+        return chain(self.method, sampler, options, self.saved["shape"])
+
+    def draw(self, run):
+        """The Drawn of a sampler run(noise, y, randn_like=...)."""
+        distances = []
+        first = None
+        with counted(self.method, self.n * self.seeds) as cost:
+            for seed in range(self.seeds):
+                keys = [(seed, i) for i in range(self.n)]
+                shape = self.saved["shape"]
+                x = draw(run, shape, keys, self.batch, self.labels, self.device)
+                first = x if first is None else first
+                if self.network:
+                    distances.append(self.distance(x))
+        return Drawn(first, distances, cost.nfe, cost.seconds_per_image)
+
+    def distance(self, x):
+        vectors = self.network(images.to_uint8(x), FEATURES_BATCH)
+        return frechet_distance(*moments(vectors), *self.known)
+
+    def errors(self, path):
+        """{"rmse_<sigma>": error on held-out images}; more of it in a .csv."""
+        some = self.trained_on._replace(x=self.trained_on.x[:5000])
+        D = denoiser(self.method)
+        rows = errors(D, some, self.held_out, 64, 0, self.device)
+        write_table(path, rows)
+        return {f"rmse_{row['sigma']:g}": round(row["held_out"], 5) for row in rows}
+
+    def words(self):
+        """What was measured, for a note under a table."""
+        name = self.network.name if self.network else "not measured"
+        spread = f"mean and largest difference of {self.seeds} seeds"
+        return f"{self.n} images, {spread}, {name}, {self.device}"
+
+
+def data_of(path, saved, source):
+    """Data trained on and Data held out; never an image that --overfit trained on."""
+    x, labels = load_like(saved, source)
+    (trained_on, _), (held_out, _) = hold_out(x, labels, 0)
+    learned = evenly(saved["config"]["overfit"], len(x))
+    held_out = held_out[~torch.isin(evenly(len(held_out), len(x)), learned)]
+    if not len(held_out):
+        raise UserError(f"{path} was trained on every image that could measure it")
+    known = Data(trained_on, None, source, f"images of {source}")
+    return known, Data(held_out, None, source, f"held-out images of {source}")
+
+
+def features_file(name, data, shape, device):
+    """The features file `name`; without one it is trained on the data's classes, once.
+
+    None for "none", and where there are no classes.
+    """
+    check_features(name)
+    if name is not None:
+        return name if name != "none" else None
+    channels, height, width = shape
+    size = f"{height}" if height == width else f"{height}x{width}"
+    gray = "-gray" if channels == 1 else ""
+    path = Path(f"runs/features/{Path(data).stem}-{size}{gray}.pt")
+    if path.is_file():
+        return str(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sides = ["--size", str(height), str(width)]
+    where = [] if device is None else ["--device", device]
+    kind = ["--channels", str(channels), *where]
+    try:
+        classifier.main(["--data", data, *sides, *kind, "--out", str(path)])
+    except UserError as error:
+        print(f"no Frechet distance: {error}")
+        return None
+    return str(path)
+
+
+def measure(setup, name, flags, steps):
+    """Train a run once; its Result, of samples by its own sampler in so many steps."""
+    path = train_once(setup, name, flags)
+    judge = Judge(path, setup.features, setup.n, device=setup.device)
+    found = judge.errors(setup.out / f"{name}-error.csv")
+    drawn = judge.draw(judge.chain(steps=steps))
+    images.save_grid(drawn.images[:64], setup.out / f"{name}.png")
+    return Result(path, found, drawn)
+
+
+# Several samplers
+
+
+class Case(NamedTuple):
+    """A sampler to compare with others."""
+
+    name: str
+    steps: int
+    run: Callable  # run(noise, y, randn_like=...) yields (x, x_0_hat)
+    judge: Judge
+
+
+def compare(cases, path, axis):
+    """{(name, steps): Drawn}; a table, a grid, and a plot against the column `axis`."""
+    found = {}
+    rows = []
+    for case in cases:
+        drawn = case.judge.draw(case.run)
+        row = dict(sampler=case.name, steps=case.steps, evaluations=round(drawn.evaluations))
+        rows.append(row | drawn.columns() | dict(seconds=round(drawn.seconds, 3)))
+        found[case.name, case.steps] = drawn
+        print(*rows[-1].values(), sep=" | ", flush=True)
+    write(path, rows, cases[0].judge.words())
+    labels = [f"{case.name} steps {case.steps}"[:40] for case in cases]
+    save_rows(path, labels, [drawn.images for drawn in found.values()])
+    if "frechet" in rows[0]:
+        curves = curves_of(rows, "sampler", axis, "frechet", "spread")
+        plot(path.with_suffix(".png"), curves, axis, "Frechet distance")
+    return found
