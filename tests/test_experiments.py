@@ -1,132 +1,418 @@
+"""The scripts of experiments/, each run in this process with tiny numbers."""
 import csv
 import importlib
 import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE
 
-import evaluate
-from train import command
+from plumbing import checkpoint, flags
 
-SCRIPTS = sorted(path.stem for path in (HERE.parent / "experiments").glob("*.py") if "\nmain = script(" in path.read_text() or "\ndef main(argv)" in path.read_text())
+HERE = Path(__file__).parent.parent
+CLAIMS = [
+    "ddpm_loss",
+    "iddpm_schedule",
+    "iddpm_steps",
+    "edm_samplers",
+    "edm_churn",
+    "edm_training",
+    "pdm_patches",
+    "pdm_targets",
+    "patch_diffusion_p",
+    "blur",
+]
+TOOLS = sorted(path.stem for path in (HERE / "experiments/tools").glob("*.py"))
+TOOLS = [f"tools.{name}" for name in TOOLS if name not in ("peers", "timers")]
+
+TINY = "--width 8 --mults 1 --attention 0 --grid 1 --batch 4"
+TINY_PDM = "--width 8 --mults 1 --grid 1 --batch 4 --T 22"
+# Each claim's command, its flags for train.py, and some of what it writes
+COMMANDS = {
+    "ddpm_loss": (
+        "--steps 1 --bound_n 1 --n 2",
+        f"{TINY} --T 22",
+        "ddpm_loss-set-8.csv ddpm_loss-set-8-grid.png progressive-strip.png",
+    ),
+    "iddpm_schedule": (
+        "--steps 1 --T 22 --n 2",
+        TINY,
+        "table2-set-8.csv fig2-set-8.csv fig1.csv fig3.png fig5.csv",
+    ),
+    "iddpm_steps": (
+        "--train_steps 1 --n 2",
+        f"{TINY} --T 22",
+        "iddpm_steps.csv iddpm_steps-grid.png",
+    ),
+    "edm_samplers": (
+        "--train_steps 1 --n 2",
+        f"{TINY} --T 250",
+        "edm_samplers.csv edm_samplers-grid.png",
+    ),
+    "edm_churn": (
+        "--train_steps 1 --n 20 --images 2 --seeds 1",
+        TINY,
+        "mixture.csv churn.csv churn-grid.png",
+    ),
+    "edm_training": (
+        "--steps 1 --n 2",
+        TINY,
+        "edm_training-set-8.csv edm_training-set-8-grid.png",
+    ),
+    "pdm_patches": (
+        "--steps 1 --n 2 --patches 4 2 --chain 2 --batch 2 --repeats 1",
+        TINY_PDM,
+        "pdm_patches-set-8.csv pdm_patches-set-8-grid.png",
+    ),
+    "pdm_targets": (
+        "--steps 1 --n 2 --patches 4 --chain 2",
+        TINY_PDM,
+        "pdm_targets-set-8-linear.csv pdm_targets-set-8-linear-grid.png",
+    ),
+    "patch_diffusion_p": (
+        "--steps 1 --n 2 --small 3 --batch 2",
+        "--width 8 --mults 1 --attention 0 --grid 1",
+        "patch_diffusion_p-set-8.csv patch_diffusion_p-set-8-grid.png",
+    ),
+}
+ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --batch 2 --T 22"
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """run("edm_churn", "--quick ...") -> (exit code, stdout, stderr), in an empty folder."""
-    monkeypatch.syspath_prepend(str(HERE.parent / "experiments"))
+    """run("edm_churn", "--quick ...") -> (exit code, stdout, stderr), in an empty folder.
+
+    Plots, which are slow, have a test of their own.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
     def run(name, line):
+        script = importlib.import_module(f"experiments.{name}")
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(line)])
+        code = 0
         try:
-            command(importlib.import_module(name).main)
-            code = 0
+            flags.run(script.main)
         except SystemExit as stop:
             code = stop.code or 0
-        return code, *capsys.readouterr()
-    return run
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield run
+    checkpoint.METHODS.pop("ddpm_bound", None)
+    checkpoint.SMALL_RUN.pop("ddpm_bound", None)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_each_experiment_explains_itself_and_refuses_what_it_does_not_know(run, tmp_path, name):
+def write_images(path="set.npy", count=80, classes=0):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, 8, 8, 3), np.uint8)
+    if classes:
+        np.savez(path, images=images, labels=np.arange(count) % classes)
+    else:
+        np.save(path, images)
+
+
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+class Mean(torch.nn.Module):
+    """Features of an image: its mean colour."""
+
+    def forward(self, x):
+        return x.float().mean(dim=[2, 3])
+
+
+# What every script does
+
+
+@pytest.mark.parametrize("name", CLAIMS + TOOLS)
+def test_each_explains_itself_and_refuses_what_it_does_not_know(run, tmp_path, name):
     code, out, _ = run(name, "--help")
-    assert code == 0 and "--" in out and out.count("\n") >= 3
-    code, out, err = run(name, "--nonsense 3")
-    assert code == 2 and err.strip().splitlines()[-1].startswith("error: ") and not list(tmp_path.iterdir())
+    assert code == 0
+    assert "--" in out
+    code, _, err = run(name, "--nonsense 3")
+    assert code == 2
+    assert err.startswith("error: no such flag: --nonsense")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("shape, word", [("widt=3", "widt"), ("width=0", "--width"), ("mults=2", "len"), ("width", "unpack"), ("mults=1,1,1,1,1,1,1", "--size"), ("attention=9,", "--attention")])
-def test_a_shape_that_cannot_be_is_refused_by_name(run, tmp_path, shape, word):
-    code, _, err = run("unet_shapes", f"--shapes '{shape}'")
-    assert code == 2 and err.startswith(f"error: shape '{shape}'") and word in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", CLAIMS)
+def test_each_claim_is_a_script_of_under_100_lines(name):
+    lines = (HERE / f"experiments/{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 100
 
 
-def test_an_experiment_trains_measures_and_writes_its_table_grid_and_row(run, tmp_path):
-    class Mean(torch.nn.Module):
-        def forward(self, x):
-            return x.float().mean(dim=[2, 3])
-    torch.jit.script(Mean()).save("mean.pt")
-    np.save("set.npy", np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), np.uint8))
-    line = "--flags='--width 8 --mults 1 --attention 0 --batch 4 --T 20 --lr 0.1 --warmup 0' --data set.npy --size 8 --steps 2 --n 8 --chain 2 --features mean.pt --device cpu"
-    code, out, err = run("precision", line)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_claim_comes_out_with_one_command(run, tmp_path, monkeypatch, name):
+    line, of_training, made = COMMANDS[name]
+    costs = importlib.import_module("experiments.costs")
+    monkeypatch.setattr(costs, "CLEAR", tmp_path / "none")  # no process to weigh memory in
+    write_images()
+    given = f"--quick --data set.npy --size 8 --out it --device cpu --flags '{of_training}'"
+    code, out, err = run(name, f"{line} {given}")
     assert code == 0, err
-    rows = list(csv.DictReader(open("runs/precision/precision.csv")))
-    assert [row["precision"] for row in rows] == ["fp32", "bf16", "fp32, another seed"]
-    assert float(rows[0]["frechet"]) > 0 and float(rows[0]["spread"]) > 0 and float(rows[0]["rmse_1"]) != float(rows[2]["rmse_1"])
-    assert len(list(csv.DictReader(open("runs/precision/losses.csv")))) == 6 and (tmp_path / "runs/precision/precision-grid.png").exists()
-    assert (tmp_path / "runs/precision/precision.png").exists() or "no precision.png: matplotlib is not installed" in out      # errors by noise level
+    for file in made.split():
+        assert (tmp_path / "it" / file).stat().st_size > 0, file
+    no_distance = "no Frechet distance: set.npy has no classes" in out
+    assert no_distance or name == "iddpm_schedule"
     row = out.strip().splitlines()[-1]
-    assert row.startswith("| bf16 costs nothing") and row.count("|") == 7 and "precision.py --flags" in row
-    assert run("precision", line.replace("--steps 2", "--steps 3"))[2].startswith("error: ")            # the runs that are there are others
+    assert row.startswith("| ")
+    assert row.count("|") == 7
+    assert f"`{name}.py --" in row
 
 
-@pytest.mark.parametrize("name, line, made", [
-    ("ddpm_loss", "--steps 1 --bound_n 1 --n 2", "ddpm_loss-set-16.csv ddpm_loss-set-16-grid.png"),
-    ("iddpm_schedule", "--steps 1 --T 30 --n 2", "table2-set-16.csv fig2-set-16.csv fig1.csv fig3.png fig5.csv"),
-    ("iddpm_steps", "--train_steps 1 --n 2", "iddpm_steps.csv iddpm_steps-grid.png"),
-    ("edm_samplers", "--train_steps 1 --n 2", "edm_samplers.csv edm_samplers-grid.png"),
-    ("edm_churn", "--train_steps 1 --n 20 --images 2", "mixture.csv churn.csv churn-grid.png"),
-    ("edm_training", "--steps 1 --n 2", "edm_training-set-16.csv edm_training-set-16-grid.png"),
-    ("pdm_patches", "--steps 1 --n 2 --patches 2 4 --chain 2 --batch 2 --repeats 1", "pdm_patches-set-16.csv pdm_patches-set-16-grid.png"),
-    ("pdm_targets", "--steps 1 --n 2 --patches 4 --chain 2", "pdm_targets-set-16-linear.csv pdm_targets-set-16-linear-grid.png"),
-    ("patch_diffusion_p", "--steps 1 --n 2 --small 10 --batch 2", "patch_diffusion_p-set-16.csv patch_diffusion_p-set-16-grid.png")])
-def test_each_claim_comes_out_with_one_command_without_classes(run, tmp_path, monkeypatch, name, line, made):
-    monkeypatch.syspath_prepend(str(HERE.parent / "experiments"))
-    common, script = importlib.import_module("common"), importlib.import_module(name)
-    monkeypatch.setattr(script, "three_levels", lambda size: "--width 8 --mults 1 --attention 0", raising=False)
-    def drawn(sampler, shape, seeds, *_):                                  # sampling has tests of its own: here what is made of it
-        return torch.stack([torch.full(shape, i / 9) for _, i in seeds])
-    monkeypatch.setattr(common, "draw", drawn)
-    if name == "ddpm_loss":
-        monkeypatch.setattr(script, "sample", lambda *_, **__: None)
-        monkeypatch.setattr(script, "evaluate", lambda path, options, **what: evaluate.evaluate(path, dict(steps=10), **what))
-    monkeypatch.setitem(common.train.DEFAULTS, "patch_diffusion", dict(width=8, mults=(1, 1, 1), attention=(0,)))
-    monkeypatch.setattr(script, "peak", lambda *_: 1.0, raising=False)
-    monkeypatch.setattr(common, "errors", lambda *_: [dict(sigma=1.0, held_out=0.5)])
-    monkeypatch.setattr(common.train, "preview", lambda averaged, shape, classes, grid, rows: torch.zeros(grid, *shape))
-    np.save("set.npy", np.random.default_rng(0).integers(0, 256, (70, 3, 16, 16), np.uint8))
-    code, out, err = run(name, f"--quick --data set.npy {line} --out it --device cpu")
+REFUSED = [
+    ("ddpm_loss", "--n -1"),
+    ("ddpm_loss", "--bound_n 0"),
+    ("iddpm_schedule", "--n -1"),
+    ("iddpm_schedule", "--T 1"),
+    ("iddpm_steps", "--seeds 0"),
+    ("iddpm_steps", "--batch -1"),
+    ("edm_samplers", "--seeds 0"),
+    ("edm_samplers", "--train_steps 0"),
+    ("edm_churn", "--images 0"),
+    ("edm_churn", "--seeds -2"),
+    ("edm_training", "--n 1"),
+    ("pdm_patches", "--repeats 0"),
+    ("pdm_patches", "--patches 2 0"),
+    ("pdm_targets", "--chain 0"),
+    ("patch_diffusion_p", "--batch -1"),
+    ("patch_diffusion_p", "--n 100000000000000000000"),
+    ("blur", "run --limit 0"),
+    ("tools.precision", "--steps -1"),
+    ("tools.features", "--epochs 0"),
+    ("tools.benchmark", "--repeats 0"),
+    ("tools.kill", "--kills 0"),
+    ("tools.unet_shapes", "--threads 0"),
+]
+
+
+@pytest.mark.parametrize("name, line", REFUSED)
+def test_a_number_that_cannot_be_is_refused_before_any_work(run, tmp_path, name, line):
+    code, _, err = run(name, line)
+    assert code == 2
+    flag = [word for word in line.split() if word.startswith("--")][0]
+    assert flag in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["edm_samplers", "iddpm_steps", "pdm_targets"])
+def test_a_missing_features_file_is_noticed_before_any_work(run, tmp_path, name):
+    code, _, err = run(name, "--quick --features nowhere.pt")
+    assert code == 2
+    assert err.startswith("error: no such file: nowhere.pt")
+    assert not list(tmp_path.iterdir())
+
+
+# Training and measuring
+
+
+def test_a_run_is_trained_measured_and_written_down(run, tmp_path):
+    torch.jit.script(Mean()).save("mean.pt")
+    write_images()
+    of_training = f"{TINY_PDM} --patch 1 --lr 0.1 --warmup 0"
+    line = f"--flags='{of_training}' --data set.npy --size 8 --n 8 --chain 2 --device cpu"
+    code, out, err = run("tools.precision", f"{line} --features mean.pt --steps 2")
     assert code == 0, err
-    assert all((tmp_path / "it" / file).stat().st_size for file in made.split())
-    assert name == "iddpm_schedule" or "no Frechet distance: set.npy has no classes" in out
-    assert out.strip().splitlines()[-1].count("|") == 7
+    folder = tmp_path / "runs/precision"
+    fp32, bf16, other_seed = rows_of(folder / "precision.csv")
+    assert bf16["precision"] == "bf16"
+    assert float(fp32["frechet"]) > 0
+    assert float(fp32["spread"]) > 0
+    assert fp32["rmse_1"] != other_seed["rmse_1"]
+    assert len(rows_of(folder / "losses.csv")) == 6
+    assert (folder / "precision-grid.png").exists()
+    assert "no precision.png: matplotlib is not installed" in out
+    assert out.strip().splitlines()[-1].startswith("| bf16 costs nothing")
+    code, _, err = run("tools.precision", f"{line} --features mean.pt --steps 3")
+    assert code == 2
+    assert "is another run: --steps 2" in err
 
 
-def test_an_interrupted_experiment_goes_on_and_another_one_is_refused(run, tmp_path):
-    run("features", "--help")
-    from common import run_once
-    import train
-    np.save("set.npy", np.zeros((40, 3, 8, 8), np.uint8))
-    flags = "--method pdm --patch 1 --size 8 --width 8 --mults 1 --batch 2 --T 10"
-    path = run_once(tmp_path / "a", flags, "set.npy", 2, "cpu")
-    (tmp_path / "a" / "flags.txt").write_text((tmp_path / "a" / "flags.txt").read_text().replace("--steps 2 --every 2", "--steps 4 --every 4"))
-    assert run_once(tmp_path / "a", flags, "set.npy", 4, "cpu") == path and train.read(path)["step"] == 4
+def test_an_interrupted_run_goes_on_and_another_one_is_refused(run, tmp_path):
+    from experiments.common import Setup, train_once
+
+    write_images()
+    half = Setup(tmp_path / "it", "set.npy", 8, 2, 2, "none", "cpu")
+    path = train_once(half, "a", ONE_RUN)
+    about = path.parent / "flags.txt"
+    asked = about.read_text()
+    about.write_text(asked.replace("--steps 2 --every 2", "--steps 4 --every 4"))
+    whole = half._replace(steps=4)
+    assert train_once(whole, "a", ONE_RUN) == path
+    assert checkpoint.read(path)["step"] == 4
     before = path.stat().st_mtime_ns
-    assert run_once(tmp_path / "a", flags, "set.npy", 4, "cpu") == path and path.stat().st_mtime_ns == before     # not trained twice
-    with pytest.raises(ValueError, match="another run: --steps 4"):
-        run_once(tmp_path / "a", flags + " --seed 3", "set.npy", 4, "cpu")
+    assert train_once(whole, "a", ONE_RUN) == path
+    assert path.stat().st_mtime_ns == before  # not trained twice
+    with pytest.raises(flags.UserError, match="another run: --steps 4"):
+        train_once(whole, "a", f"{ONE_RUN} --seed 3")
 
 
-def test_without_a_features_file_one_is_trained_on_the_classes_and_found_again(run, capsys):
-    run("features", "--help")
-    from common import features_file
-    np.savez("set.npz", images=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8), labels=np.arange(60) % 3)
-    np.save("bare.npy", np.zeros((60, 8, 8, 3), np.uint8))
+def test_a_blur_is_drawn_beside_what_the_network_predicts(run, tmp_path):
+    from experiments.common import Setup, train_once
+
+    write_images()
+    train_once(Setup(tmp_path / "it", "set.npy", 8, 1, 2, "none", "cpu"), "a", ONE_RUN)
+    code, out, err = run("blur", "it/a --out blur.png")
+    assert code == 0, err
+    assert out.count("sigma ") == 8
+    assert "76 images in the optimal prediction" in out
+    assert (tmp_path / "blur.png").stat().st_size > 0
+    code, _, err = run("blur", "it/a --image 4")
+    assert code == 2
+    assert err.startswith("error: --image must lie between 0 and 3")
+
+
+def test_features_are_trained_on_the_classes_once(run, capsys):
+    from experiments.judge import features_file
+
+    write_images("set.npz", 60, classes=3)
+    write_images("bare.npy", 60)
     path = features_file(None, "set.npz", [3, 8, 8], "cpu")
-    assert path == "runs/features/set-8.pt" and torch.jit.load(path)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape == (2, 64)
+    assert path == "runs/features/set-8.pt"
+    vectors = torch.jit.load(path)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert vectors.shape == (2, 64)
     capsys.readouterr()
-    assert features_file(None, "set.npz", [3, 8, 8], "cpu") == path and not capsys.readouterr().out          # not trained twice
+    assert features_file(None, "set.npz", [3, 8, 8], "cpu") == path
+    assert not capsys.readouterr().out  # not trained twice
     assert features_file("none", "set.npz", [3, 8, 8], "cpu") is None
-    assert features_file(None, "bare.npy", [3, 8, 8], "cpu") is None and "no classes" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="nowhere.pt"):
+    assert features_file(None, "bare.npy", [3, 8, 8], "cpu") is None
+    assert "no classes" in capsys.readouterr().out
+    with pytest.raises(flags.UserError, match="nowhere.pt"):
         features_file("nowhere.pt", "set.npz", [3, 8, 8], "cpu")
 
 
-@pytest.mark.parametrize("name", ["edm_samplers", "iddpm_steps"])
-def test_a_features_file_that_is_not_there_is_noticed_before_anything_is_trained(run, tmp_path, name):
-    code, _, err = run(name, "--quick --features nowhere.pt")
-    assert code == 2 and err.startswith("error: no such file: nowhere.pt") and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("out", ["nowhere/features.pt", "."])
+def test_a_place_for_features_that_cannot_be_written_is_noticed_first(run, out):
+    write_images("set.npz", 60, classes=3)
+    code, printed, err = run("tools.features", f"--data set.npz --out {out}")
+    assert code == 2
+    assert err.startswith(f"error: --out {out} must name a file")
+    assert "epoch" not in printed
+
+
+def test_held_out_images_are_none_that_a_small_set_trained_on(run):
+    from experiments.judge import data_of
+
+    write_images()
+    saved = dict(shape=[3, 8, 8], classes=[], latents=False)
+    saved["config"] = dict(data="set.npy", overfit=20)
+    _, held_out = data_of("run", saved, "set.npy")
+    images = np.load("set.npy").transpose(0, 3, 1, 2)
+    learned = {images[i].tobytes() for i in np.linspace(0, 79, 20).astype(int)}
+    kept = {image.numpy().tobytes() for image in held_out.x}
+    assert kept
+    assert not learned & kept
+
+
+def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    from experiments.report import curves_of, plot
+
+    rows = [dict(name=name, x=x, y=x * x, bar=0.1) for name in "ab" for x in (1, 2, 3)]
+    curves = curves_of(rows, "name", "x", "y", "bar")
+    assert [curve.y for curve in curves] == [[1, 4, 9], [1, 4, 9]]
+    plot(tmp_path / "plot.png", curves, "x", "y", log="xy")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+# What the claims rest on
+
+
+def test_the_bounds_loss_is_T_times_a_term_of_the_bound_on_average(run):
+    from experiments.ddpm_loss import Bound
+    from unet import UNet
+
+    def make_net(c_in, c_out):
+        return UNet(c_in, c_out, width=4, mults=(1,))
+
+    method = Bound(make_net, 3, T=30, clip=False).double()
+    x = (2 * torch.rand(1, 3, 4, 4, dtype=torch.float64) - 1).repeat(900, 1, 1, 1)
+    with torch.no_grad():
+        losses = torch.stack([method.loss(x) for _ in range(16)])
+    bound = method.bits_per_dim(x[:64])["terms"].sum(1).mean()
+    assert abs(losses.mean() - bound) < 5 * losses.std() / 4 + 0.02 * bound
+
+
+def test_the_mixtures_denoiser_is_its_posterior_mean(run):
+    from experiments import mixture
+
+    x = torch.full((1, 1, 1, 1), 0.4, dtype=torch.float64)
+    x_0 = mixture.draw(400_000)
+    for sigma in (0.2, 1.0):
+        w = (-(0.4 - x_0).square() / (2 * sigma**2)).exp()
+        expected = (w * x_0).sum() / w.sum()
+        found = mixture.Mixture()(x, torch.full((1, 1, 1, 1), sigma))
+        assert found.item() == pytest.approx(expected.item(), abs=0.01)
+
+
+# Tools
+
+
+def test_a_benchmark_gives_speeds_and_ratios(run, tmp_path):
+    line = "--methods pdm --size 8 --batch 2 --width 8 --mults 1 --steps 1 --repeats 1"
+    code, out, err = run("tools.benchmark", f"{line} --threads 1 --device cpu --out it")
+    assert code == 0, err
+    names, values = (tmp_path / "it/benchmark.txt").read_text().splitlines()[1:]
+    row = dict(zip(names.split(" | "), values.split(" | ")))
+    assert row["method"] == "pdm"
+    assert float(row["images_per_s"]) > 0
+    assert float(row["ratio"]) > 0
+    assert (tmp_path / "it/benchmark.json").exists()
+    assert "wrote it/benchmark.txt" in out
+
+
+def test_shapes_of_a_network_are_trained_in_turns(run, tmp_path):
+    write_images()
+    line = "--method pdm --data set.npy --size 16 --seconds 0.05 --turn 0.02 --device cpu"
+    shapes = "--shapes 'width=8 mults=1,' 'even width=8 mults=1,2'"
+    code, _, err = run("tools.unet_shapes", f"{line} {shapes} --out it")
+    assert code == 0, err
+    lean, even = rows_of(tmp_path / "it/unet_shapes.csv")
+    assert int(lean["images"]) >= 32
+    assert int(even["parameters"]) > int(lean["parameters"])
+    assert float(lean["rmse_1"]) > 0
+
+
+WRONG_SHAPES = [
+    ("widt=3", "widt"),
+    ("width=0", "--width"),
+    ("mults=2", "--mults"),
+    ("width", "width"),
+    ("mults=1,1,1,1,1,1,1", "--size"),
+    ("attention=9,", "--attention"),
+]
+
+
+@pytest.mark.parametrize("shape, word", WRONG_SHAPES)
+def test_a_shape_that_cannot_be_is_refused_by_name(run, tmp_path, shape, word):
+    code, _, err = run("tools.unet_shapes", f"--shapes '{shape}'")
+    assert code == 2
+    assert err.startswith(f"error: shape '{shape}'")
+    assert word in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+HEADER = "step,loss\n"
+TORN = [HEADER + "1,0.5\n2,0", HEADER + "1,0.5\n2\n", HEADER + "1,0.5\n3,0.4\n", HEADER]
+
+
+@pytest.mark.parametrize("text", TORN)
+def test_a_torn_log_does_not_pass_for_a_whole_one(tmp_path, text):
+    from experiments.tools.kill import check_log
+
+    path = tmp_path / "log.csv"
+    path.write_text(HEADER + "1,0.5\n2,0.4\n")
+    check_log(path, 2, 1)
+    check_log(path, 3, 1)  # killed between checkpoint and log
+    path.write_text(text)
+    with pytest.raises(flags.UserError, match="kill 1"):
+        check_log(path, 2, 1)
