@@ -295,7 +295,7 @@ def optimal(noisy, y, sigma, known, classes):
 def network_of(features, frechet, saved, device):
     """The Features that --frechet asks for, or None."""
     if frechet != (features is not None):
-        trains = "experiments/features.py trains such a file"
+        trains = "experiments/tools/features.py trains such a file"
         raise UserError(f"--frechet and --features FILE go together; {trains}")
     if not frechet:
         return None
