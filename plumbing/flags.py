@@ -71,7 +71,9 @@ def run(main):
         line = explanation(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+        if first or not isinstance(error, UserError):
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -481,3 +481,15 @@ def test_a_mistake_is_one_error_line_and_writes_nothing(draw, line, words):
     before = sorted(Path().rglob("*"))
     assert_one_line(draw(line), words)
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [
+    "--sampler heun --solver euler",
+    "--sampler heun --schedule vp --scaling vp",
+    "--sampler euler --discretization ve",
+    "--sampler heun --alpha 0.5",
+])
+def test_every_choice_of_table_1_reaches_the_general_solver(draw, options):
+    code, out, err = draw(f"run {options} --n 2 --steps 3")
+    assert code == 0, err
+    assert "network evaluations" in out

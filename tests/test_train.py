@@ -343,7 +343,7 @@ def test_a_signal_finishes_the_step_saves_and_resuming_is_exact(
     with monkeypatch.context() as patch:
         Broken(patch, "pdm", at=3, what=interrupted)
         code, out, _ = do("--method pdm --patch 2 --steps 6 --out parts")
-    assert code == 130
+    assert code == 128 + number
     assert f"{Path('parts/ckpt.pt')} is written" in out
     assert read("parts")["step"] == 3
     command("--method pdm --steps 6 --out parts --resume")
@@ -419,7 +419,7 @@ def test_a_progressive_run_keeps_the_steps_that_its_sizes_follow(do, command, mo
     line = "--method patch_diffusion --sizes progressive --steps 8"
     with monkeypatch.context() as patch:
         Broken(patch, "patch_diffusion", at=3, what=interrupted)
-        assert do(f"{line} --out parts")[0] == 130
+        assert do(f"{line} --out parts")[0] == 128 + signal.SIGTERM
     resume = "--method patch_diffusion --out parts --resume"
     code, _, err = command(f"{resume} --steps 10")
     assert code == 2
