@@ -88,8 +88,11 @@ def train(
     recent = []  # loss and norm of the gradient of the last steps
     stopped = False
     started = time.time() - progress.seconds
-    bar = runs.bar(progress.step, steps)
-    with runs.alone(run, config, saved), runs.Stop() as stop, bar:
+    with (
+        runs.alone(run, config, saved),
+        runs.Stop() as stop,
+        runs.bar(progress.step, steps) as bar,
+    ):
         while progress.step < steps and not stopped:
             step = progress.step
             rate = learning_rate(step, steps, lr, warmup, decay, cooldown)

@@ -21,8 +21,8 @@ def save_curves(rows, path):
     seen = [row["images"] for row in rows]
     errors = [name for name in rows[-1] if name.startswith("rmse_")]
     picture = Image.new("RGB", (2 * WIDTH, HEIGHT), "white")
-    draw_panel(picture, 0, "loss", seen, {"loss": [row["loss"] for row in rows]})
-    curves = {name: [row[name] for row in rows] for name in errors}
+    draw_panel(picture, 0, "loss", seen, {"loss": [row.get("loss", 0) for row in rows]})
+    curves = {name: [row.get(name, 0) for row in rows] for name in errors}
     draw_panel(picture, WIDTH, "error on held-out images at these noise levels", seen, curves)
     images.save(picture, path)
 
@@ -50,7 +50,7 @@ def draw_panel(picture, left, title, x, curves):
         corner = place(10**low_x, 10**edge)
         draw.text((corner[0] - 6, corner[1]), f"{10**edge:.3g}", "black", font, anchor="rm")
     for colour, (name, curve) in zip(COLOURS, curves.items()):
-        points = [place(a, b) for a, b in zip(x, curve) if b > 0]
+        points = [place(a, b) for a, b in zip(x, curve) if is_shown(a) and is_shown(b)]
         if not points:
             continue
         draw.line(points, colour, width=2)
@@ -61,11 +61,16 @@ def draw_panel(picture, left, title, x, curves):
             draw.text((across + 6, down), sigma, colour, font, anchor="lm")
 
 
+def is_shown(value):
+    """Whether a logarithmic axis can show it."""
+    return 1e-30 < value < 1e30
+
+
 def log_range(values):
-    """The decimal logarithms of the least and the largest positive value, never equal."""
-    positive = [value for value in values if value > 0] or [1.0]
-    low = math.log10(min(positive))
-    high = math.log10(max(positive))
+    """The decimal logarithms of the least and the largest value shown, never equal."""
+    shown = [value for value in values if is_shown(value)] or [1.0]
+    low = math.log10(min(shown))
+    high = math.log10(max(shown))
     return (low, high) if high - low > 1e-3 else (low - 0.1, high + 0.1)
 
 

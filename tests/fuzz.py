@@ -395,8 +395,9 @@ def faults_of(command, argv):
     if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
         faults.append(f"not one line: {lines}")
     changed = [path for path in before if after.get(path) != before[path]]
-    if code in (0, 130):  # what a run writes again is its own
-        changed = [path for path in changed if not path.startswith("ddpm")]
+    if code in (0, 130):  # what a run writes again is its own; --out was named by the user
+        own = "ddpm" + os.sep
+        changed = [path for path in changed if path != argv[-1] and not path.startswith(own)]
     left = [path for path in after if path.endswith((".tmp", ".lock"))]
     if changed or left:
         faults.append(f"changed or gone: {changed}; left behind: {left}")

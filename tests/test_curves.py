@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -43,6 +44,19 @@ def test_a_single_row_and_a_loss_that_is_no_logarithm_are_drawn_too(tmp_path):
     first = tuple(bytes.fromhex(curves.COLOURS[0][1:]))
     assert first in colours_of(tmp_path / "one.png")
     assert first not in colours_of(tmp_path / "negative.png")
+
+
+@pytest.mark.parametrize(
+    "odd", [dict(loss=float("inf"), rmse_1=float("nan")), dict(loss=1e308), dict(images=0)]
+)
+def test_a_row_that_no_axis_can_show_is_left_out_and_so_is_a_column_that_it_lacks(
+    tmp_path, odd
+):
+    log = rows(1.0, 0.5)
+    curves.save_curves(log, tmp_path / "expected.png")
+    lacking = dict(images=150, loss=float("nan"))
+    curves.save_curves([log[0], lacking | odd, log[1]], tmp_path / "odd.png")
+    assert (tmp_path / "odd.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 def test_progress_shows_the_first_row_of_every_grid_in_the_order_of_steps(tmp_path):

@@ -446,6 +446,14 @@ def test_a_folder_that_holds_a_run_is_left_alone_unless_resumed(do, command):
     assert equal(before["model"], read("runs/pdm")["model"])
 
 
+def test_a_folder_that_another_process_trains_in_is_refused_in_one_line(do, command):
+    do("--method pdm --patch 2 --steps 2")
+    with checkpoint.locked(Path("runs/pdm")):
+        code, _, err = command("--method pdm --steps 4 --resume")
+    assert code == 2
+    assert err.splitlines() == ["error: another process is training in runs/pdm now"]
+
+
 def test_a_value_that_is_the_same_can_be_given_again_on_resume(do, command):
     do("--method pdm --steps 1")
     assert command("--method pdm --steps 2 --resume --patch 4 --T 30")[0] == 0
