@@ -88,11 +88,7 @@ def train(
     recent = []  # loss and norm of the gradient of the last steps
     stopped = False
     started = time.time() - progress.seconds
-    with (
-        runs.alone(run, config, saved),
-        runs.Stop() as stop,
-        runs.bar(progress.step, steps) as bar,
-    ):
+    with runs.alone(run, config, saved), runs.Stop() as stop, runs.bar(progress, steps) as bar:
         while progress.step < steps and not stopped:
             step = progress.step
             rate = learning_rate(step, steps, lr, warmup, decay, cooldown)

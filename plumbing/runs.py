@@ -193,9 +193,9 @@ def alone(run, config, saved):
         yield
 
 
-def bar(step, steps):
-    silent = rank() > 0
-    return tqdm(total=steps, initial=step, unit=" steps", mininterval=0.5, disable=silent)
+def bar(progress, steps):
+    options = dict(unit=" steps", mininterval=0.5, disable=rank() > 0)
+    return tqdm(total=steps, initial=progress.step, **options)
 
 
 class Stop:
