@@ -101,7 +101,7 @@ def unet_shapes(
             one.train(min(turn, seconds - one.seconds))
         done = min(one.seconds for one in runs)
         print(f"{done:.0f} of {seconds:g} seconds each", flush=True)
-    rows = [one.row() | held_out_error(one.averaged, held_out, None) for one in runs]
+    rows = [one.row() | held_out_error(one.averaged, held_out, None, 64) for one in runs]
     note = f"{method}, {data}, {seconds:g} s each, {threads} threads, {device}"
     write(Path(out) / "unet_shapes.csv", rows, note)
 
@@ -180,7 +180,8 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = average_decay(self.config["ema"], BATCH, BATCH * self.step, BATCH)
-        update_average(self.averaged, self.method, decay)
+        averages = list(self.averaged.parameters())
+        update_average(averages, list(self.method.parameters()), decay)
         self.step += 1
 
     def row(self):
