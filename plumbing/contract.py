@@ -1,5 +1,6 @@
 """What every method must have (docs/add_a_paper.md), tried once before the first step."""
 import copy
+import inspect
 
 import torch
 from torch import nn
@@ -45,6 +46,8 @@ def check_parts(method):
     for name, part in (("loss", "loss(x, y)"), ("sample", SAMPLE)):
         if not callable(getattr(method, name, None)):
             raise UserError(lacks(method, part))
+    if "randn_like" not in inspect.signature(method.sample).parameters:
+        raise UserError(lacks(method, f"argument randn_like in {SAMPLE}"))
     if hasattr(method, "D"):
         for name in OWN_DENOISER:
             if not hasattr(method, name):

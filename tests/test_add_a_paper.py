@@ -46,6 +46,7 @@ FAULTS = {
     "no sampler": ("def sample(", "def samples(", "no sample("),
     "a sampler that yields nothing": ("yield x, x_0_hat", "if False: yield", "sample("),
     "a sampler that yields x alone": ("yield x, x_0_hat", "yield x", "sample("),
+    "a sampler without its noise": ("        randn_like=torch.randn_like,\n", "", "randn_like"),
     "a loss for each image": (".square().mean()", ".square().mean((1, 2, 3))", "loss(x, y)"),
     "no denoiser": ("def D(", "def denoise(", "no D(x, sigma, y)"),
     "no range of levels": ("sigma_max = math.inf", "pass", "no sigma_max"),
