@@ -46,8 +46,10 @@ def check_parts(method):
     for name, part in (("loss", "loss(x, y)"), ("sample", SAMPLE)):
         if not callable(getattr(method, name, None)):
             raise UserError(lacks(method, part))
-    if "randn_like" not in inspect.signature(method.sample).parameters:
-        raise UserError(lacks(method, f"argument randn_like in {SAMPLE}"))
+    try:
+        inspect.signature(method.sample).bind("noise", "y", randn_like=torch.randn_like)
+    except TypeError as error:
+        raise UserError(lacks(method, f"{SAMPLE}: {error}")) from error
     if hasattr(method, "D"):
         for name in OWN_DENOISER:
             if not hasattr(method, name):
