@@ -37,7 +37,7 @@ def train(
     saved=None,
     given=None,
     *,
-    data: str = "digits",  # digits (built in), folder, .zip, .npy, .npz, idx or CIFAR-10
+    data: str = "digits",  # built-in: digits, digits64; folder, .zip, .npy, .npz, idx, CIFAR-10
     size: tuple[int, ...] = (),  # side, or height and width; default the images' own
     channels: int | None = None,  # 1 gray, 3 colour; default what the images are
     out: str | None = None,  # folder of the run; default runs/<method>

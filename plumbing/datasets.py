@@ -33,28 +33,31 @@ from .images import (
 
 SUFFIXES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm".split()
 KINDS = (
-    "a folder or .zip of images, a .npy or .npz, idx files, cifar-10-binary.tar.gz, or digits"
+    "a folder or .zip of images, a .npy or .npz, idx files, cifar-10-binary.tar.gz, "
+    "digits or digits64"
 )
 LARGEST_SIDE = 8192  # pixels
 LARGEST_FILE = 300_000_000  # bytes of one unpacked image file
 MOST_CLASSES = 10_000
+BUILT_IN = {"digits": (32, 32), "digits64": (64, 64)}  # their sizes where none is given
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: a label and an image
 
 
 def load(source, size=None, channels=None):
     """Images (N, C, H, W) uint8, labels (N,) int64 or None, class names ([] without labels).
 
-    source: a path, or "digits". size: (H, W) or one number; by default the images' own, which
-    must then agree (digits: 32). Images are cropped to that shape about their centre, then
-    resized. channels: 1 or 3; by default 1 if every image is gray, else 3.
+    source: a path, or digits (32x32) or digits64 (64x64), which are built in. size: (H, W) or
+    one number; by default the images' own, which must then agree. Images are cropped to that
+    shape about their centre, then resized. channels: 1 or 3; by default 1 if every image is
+    gray, else 3.
     Float arrays (latents) come back as they are, float32 (N, C, H, W).
     UserError, one line, for what cannot be used.
     """
     size = height_and_width(size)
     if channels not in (None, 1, 3):
         raise UserError(f"channels must be 1 or 3, got {channels}")
-    if str(source) == "digits":
-        images, labels = digits(size or (32, 32), channels or 3)
+    if str(source) in BUILT_IN:
+        images, labels = digits(size or BUILT_IN[str(source)], channels or 3)
         return images, labels, [str(digit) for digit in range(10)]
     if str(source) == "":
         raise UserError(f"no data set is named: give {KINDS}")

@@ -42,7 +42,7 @@ def check_run(run, config, saved):
     if config["batch"] % (config["accumulate"] * world()):
         cut = f"--accumulate {config['accumulate']}{processes}"
         raise UserError(f"{cut} must divide --batch {config['batch']}")
-    if config["flip"] and config["data"] == "digits":
+    if config["flip"] and config["data"] in datasets.BUILT_IN:
         raise UserError("--flip would teach mirrored digits; leave it out")
     if saved is None:
         if (run / "ckpt.pt").exists() or (run / "log.csv").exists():

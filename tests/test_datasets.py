@@ -281,6 +281,7 @@ def test_the_batches_of_cifar_10_are_read_from_their_folder_or_one_by_one(tmp_pa
 def test_the_word_digits_names_the_built_in_set(monkeypatch):
     monkeypatch.setattr(datasets, "digits", lambda size, channels: ((size, channels), "labels"))
     assert load("digits")[:2] == (((32, 32), 3), "labels")
+    assert load("digits64")[:2] == (((64, 64), 3), "labels")
     images, _, names = load("digits", size=(16, 24), channels=1)
     assert images == ((16, 24), 1)
     assert names == list("0123456789")
