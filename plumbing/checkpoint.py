@@ -43,7 +43,7 @@ METHODS = {
     "patch_diffusion": PatchDiffusion,
 }
 
-# What 32x32 on a CPU wants instead of the signatures' defaults; experiments/README.md.
+# What 32x32 on a CPU wants instead of the signatures' defaults; experiments/choices.md.
 SMALL_GRID = dict(width=24, mults=(1, 2, 3, 4), attention=(3,), lr=1e-3, decay=1000)
 CROPS = dict(width=32, mults=(1, 2, 4), attention=(2,))  # 16x16 has crops of 4x4, halved twice
 SMALL_RUN = {
