@@ -20,6 +20,8 @@ FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]+\$", re.DOTALL)
 TAKEN_BY_MARKDOWN = re.compile(r"\n\n|\\[,;:!{}|_]|<")
 LINK = re.compile(r'(?:\]\(|src="|href=")([^)\s"]+)')
 HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
+ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
+CLAIMS = re.compile(r"^\| claim \|.*\n\|---.*\n((?:\|.*\n)+)", re.MULTILINE)
 
 
 def companion(name):
@@ -53,6 +55,24 @@ def count_words(text):
     text = FORMULA.sub("", without_code(text))
     text = re.sub(r"\]\([^)]*\)", "] ", text)
     return len([word for word in text.split() if re.search(r"\w", word)])
+
+
+def sections(text):
+    """{heading: what stands below it, up to the next one}"""
+    _, *parts = HEADING.split(without_code(text))
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+def cells(row):
+    return [cell.strip() for cell in row.split("|")]
+
+
+def claims(page):
+    """{claim: verdict} of the page's table of claims, without their links."""
+    (table,) = CLAIMS.findall(page.read_text())
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", table)
+    rows = [cells(row) for row in ROW.findall(words)]
+    return {row[0]: row[1] for row in rows}
 
 
 def anchors(text):
@@ -100,6 +120,33 @@ def test_each_tag_of_a_paper_s_file_is_in_its_companion(name):
 def test_a_companion_has_800_to_1900_words(name):
     words = count_words(companion(name))
     holds(800 <= words <= 1900, "code and formulas aside it has 800 to 1900", count=words)
+
+
+@pytest.mark.parametrize("name, most", [("README.md", 1600), ("COURSE.md", 1500)])
+def test_a_page_that_is_read_whole_is_short(name, most):
+    words = len((ROOT / name).read_text().split())
+    holds(words <= most, f"code and tables included it has at most {most} words", count=words)
+
+
+def test_no_cell_of_the_readme_is_longer_than_160_characters():
+    rows = ROW.findall((ROOT / "README.md").read_text())
+    holds(len(rows) > 0, "the README has tables")
+    longest = max("|".join(rows).split("|"), key=len).strip()
+    holds(len(longest) <= 160, "the longest cell has at most 160 characters", cell=longest)
+
+
+def test_each_section_of_the_experiments_has_at_most_120_words_of_prose():
+    text = (ROOT / "experiments/README.md").read_text()
+    counts = {name: count_words(ROW.sub("", body)) for name, body in sections(text).items()}
+    holds(len(counts) > 16, "a section for each claim", count=len(counts))
+    long = {name: count for name, count in counts.items() if count > 120}
+    equal(long, {}, what="sections of more than 120 words, tables and code aside")
+
+
+def test_the_readme_tells_the_verdicts_of_the_experiments():
+    verdicts = claims(ROOT / "experiments/README.md")
+    holds(len(verdicts) > 0, "the experiments have a table of claims")
+    equal(claims(ROOT / "README.md"), verdicts, what="verdict of each claim")
 
 
 @pytest.mark.parametrize("name", COMPANIONS)
