@@ -53,7 +53,7 @@ SMALL_RUN = {
     "patch_diffusion": SMALL_GRID | CROPS | dict(steps=5000, P_mean=0.0),
 }
 
-VERSION = 3  # of the layout below
+VERSION = 4  # of the layout below
 LAYOUT = dict(
     version=int,  # VERSION
     method=str,  # key of METHODS

@@ -3,7 +3,7 @@ import torch
 from explain import close, equal, holds
 from helpers import closed_form
 
-from unet import Attention, Guided, Sinusoid, UNet
+from unet import Attention, Guided, Sinusoid, UNet, group_norm
 
 
 def trained(*channels, **options):
@@ -93,6 +93,33 @@ def test_the_noise_level_stays_float32_under_bf16_autocast():
     equal(a.dtype, torch.float32)
     apart = (a - b).norm()
     holds(apart > 0.1, "999 and 1000 are told apart", distance=apart)
+
+
+@pytest.mark.function("unet", "UNet.forward")
+def test_gate_and_scale_say_how_much_each_path_counts():
+    net = trained(3, 5, width=8)
+    x = torch.randn(2, 3, 8, 8)
+    straight = torch.einsum("oc,bchw->bohw", net.straight.weight[:, :, 0, 0], x)
+    straight = straight + net.straight.bias[:, None, None]
+
+    def out(gate, scale):
+        for layer, bias in ((net.gate, gate), (net.scale, scale)):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.constant_(layer.bias, bias)
+        return net(x, torch.tensor([1.0, 9.0]))
+
+    close(out(3, -1), 3 * straight, 1e-5, 1e-5, what="gate 3, scale 1 - 1")
+    close(out(1, 1), straight + 2 * out(0, 0), 1e-5, 1e-5, what="gate 1, scale 1 + 1")
+
+
+@pytest.mark.function("unet", "GroupNorm.forward")
+def test_norms_stay_in_the_precision_of_their_weights_under_bf16_autocast():
+    norm = group_norm(32)
+    x = torch.randn(2, 32, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = norm(x)
+    equal(normed.dtype, torch.float32)
+    close(normed, norm(x.float()))
 
 
 @pytest.mark.function("unet", "UNet.embedding")
