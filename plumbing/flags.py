@@ -195,7 +195,7 @@ def as_flag(name, value):
         return f"--{name}" if value else f"--no-{name}"
     if isinstance(value, tuple):
         value = " ".join(map(str, value))
-    return f"--{name} {value}"
+    return f"--{name} {value}".rstrip()
 
 
 # Reading the command line

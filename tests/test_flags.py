@@ -123,6 +123,7 @@ def test_a_value_from_a_file_is_held_against_the_annotation(value, annotation, e
         ("clip", False, "--no-clip"),
         ("patch", (4, 2), "--patch 4 2"),
         ("class_", 3, "--class 3"),
+        ("attention", (), "--attention"),
     ],
 )
 def test_a_value_is_told_as_the_user_would_write_it(name, value, expected):
