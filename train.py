@@ -2,6 +2,7 @@
 
     python train.py --method pdm --help                               its flags
     python train.py --method pdm --resume --steps 5000                go on with a run
+    python train.py --method iddpm --schedule linear --init runs/ddpm begin with its weights
     torchrun --standalone --nproc_per_node 4 train.py --method ddpm   on four GPUs
 
 Every keyword argument of the method, of the U-Net and of `train` below is a flag.
@@ -42,6 +43,7 @@ def train(
     channels: int | None = None,  # 1 gray, 3 colour; default what the images are
     out: str | None = None,  # folder of the run; default runs/<method>
     resume: bool = False,  # go on with the run in that folder
+    init: str | None = None,  # begin with the averaged weights of this run, or ckpt.pt
     steps: int = 3000,  # optimizer steps
     batch: int = 32,  # images a step, over all processes
     accumulate: int = 1,  # parts that a batch is cut into, to save memory
@@ -74,7 +76,7 @@ def train(
     run = Path(out or f"runs/{config['method']}")
     runs.check_run(run, config, saved)
     about, train_set, held_out = runs.read_data(config, given or {}, saved, device)
-    method, averaged, optimizer, progress = start(about, saved, device, beta_2, seed)
+    method, averaged, optimizer, progress = start(about, saved, init, device, beta_2, seed)
     autocast = devices.autocast(device, precision)
     with autocast:
         some_unused = contract.dry_pass(method, about)
@@ -142,11 +144,14 @@ def train(
 
 # Before the first step
 
-def start(about, saved, device, beta_2, seed):
+def start(about, saved, init, device, beta_2, seed):
     """The method, its average, the optimizer and the progress: new ones, or the saved ones."""
     check_room(checkpoint.build(about, "meta"))
     torch.manual_seed(seed)
-    method = devices.to_device(checkpoint.build(about), device)
+    method = checkpoint.build(about)
+    if init is not None and saved is None:
+        print(checkpoint.take_weights(method, init, about))
+    method = devices.to_device(method, device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(method.parameters(), betas=(0.9, beta_2), fused=fused)

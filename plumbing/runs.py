@@ -27,6 +27,8 @@ OF_THIS_MACHINE = {"out", "resume", "device", "compile"}  # not kept in the chec
 
 def resumed(path, saved, config, given):
     """The saved config with the new values of flags that may change; UserError for others."""
+    if "init" in given and given["init"] != saved.get("init"):
+        raise UserError(f"--init begins a new run, --resume goes on with {path}: give one")
     for name, value in given.items():
         before = saved.get(name, config[name])
         if name not in FREE and before != value:

@@ -459,6 +459,66 @@ def test_a_value_that_is_the_same_can_be_given_again_on_resume(do, command):
     assert command("--method pdm --steps 2 --resume --patch 4 --T 30")[0] == 0
 
 
+# A run that begins with the weights of another
+
+def test_weights_and_average_begin_as_the_average_of_another_run(do):
+    do("--method ddpm --steps 3 --lr 0.01 --warmup 0 --out a")
+    before = read("a")
+    code, out, _ = do("--method ddpm --init a --steps 1 --lr 0 --seed 1 --out b")
+    assert code == 0
+    assert f"taken from a: {len(before['ema'])} of {len(before['ema'])} tensors" in out
+    after = read("b")
+    assert not equal(before["ema"], before["model"])
+    assert equal(before["ema"], after["model"])
+    for name, weight in after["ema"].items():
+        assert torch.allclose(weight, before["ema"][name], atol=1e-6)
+    assert (after["step"], after["images"]) == (1, 4)
+    assert after["config"]["init"] == "a"
+
+
+def test_edm_goes_on_as_patch_diffusion(do):
+    do("--method edm --steps 2 --out a")
+    code, out, _ = do("--method patch_diffusion --init a/ckpt.pt --steps 1 --lr 0 --out b")
+    assert code == 0
+    assert "in part: net.conv_in.weight, net.straight.weight" in out
+    conv_in = read("b")["model"]["net.conv_in.weight"]
+    assert torch.equal(conv_in[:, :3], read("a")["ema"]["net.conv_in.weight"])
+    assert not conv_in[:, 3:].any()
+
+
+def test_a_run_that_began_with_another_goes_on_without_it(do, command):
+    do("--method ddpm --steps 2 --out a")
+    for out, steps in (("whole", 4), ("parts", 2)):
+        do(f"--method ddpm --init a --steps {steps} --every 2 --out {out}")
+    shutil.rmtree("a")
+    resume = "--method ddpm --out parts --resume"
+    assert command(f"{resume} --steps 3 --init a")[0] == 0
+    assert command(f"{resume} --steps 4")[0] == 0
+    assert equal(read("whole")["model"], read("parts")["model"])
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("--method ddpm --init nowhere --out b", "no such checkpoint: nowhere"),
+        ("--method ddpm --init set.npz --out b", "set.npz is not a checkpoint"),
+        ("--method pdm --patch 2 --init a --out b", "nothing in a fits: it is ddpm, --width 8"),
+        ("--method ddpm --init a --out a", "a holds a run already"),
+        ("--method ddpm --init a --out a --resume", "goes on with a/ckpt.pt: give one"),
+    ],
+)
+def test_a_run_to_begin_with_that_cannot_be_is_one_line_and_writes_nothing(
+    do, tmp_path, line, word
+):
+    do("--method ddpm --steps 1 --out a")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = do(f"{line} --steps 2")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert word in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # A faulty method
 
 class Flow(nn.Module):
