@@ -4,7 +4,8 @@
                 distortion: of methods that have a bound
     --error     error of the predicted image against the noise level, beside that of a model
                 which has learned the training images by heart
-    --frechet   Frechet distance between samples and data on the features of --features FILE
+    --frechet   Frechet distance between samples and data on the features of --features FILE,
+                precision and recall
     --nearest   the training images closest to the samples: are they copies?
 
 Its flags are the keyword arguments of `evaluate` below and of the sampler, as in sample.py.
@@ -31,9 +32,11 @@ from plumbing.datasets import evenly, hold_out, load_like
 from plumbing.device import join, rank, seeded_noise
 from plumbing.drawing import check_range, in_batches
 from plumbing.flags import UserError
-from plumbing.frechet import Features, frechet_distance, moments
+from plumbing.frechet import Features, frechet_distance, moments, precision_and_recall
 from sample import chain, draw, parse
 
+NEIGHBOURS = 3  # of precision and recall,
+MOST_COMPARED = 10_000  # which are of so many images at most: their cost is that squared
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
 
@@ -52,7 +55,7 @@ def evaluate(
     *,
     nll: bool = False,  # bits/dim of held-out images; --steps shortens the chain
     error: bool = False,  # error by noise level; what is measured if nothing is named
-    frechet: bool = False,  # Frechet distance between n samples and the data
+    frechet: bool = False,  # Frechet distance of n samples from the data, precision, recall
     nearest: bool = False,  # training images closest to the samples
     features: str | None = None,  # TorchScript file: uint8 (B, C, H, W) -> (B, D); it is code
     sampler: Literal["own", "heun", "euler", "churn"] = "own",  # the method's, or one of EDM's
@@ -310,13 +313,26 @@ def measure_frechet(network, samples, trained_on, batch):
     if fewest <= network.dimensions:
         few = f"{fewest} images for {network.dimensions} features"
         print(f"warning: {few}: the distance comes out too high; give more of them")
-    drawn = moments(network(images.to_uint8(samples), batch))
+    vectors = network(images.to_uint8(samples), batch)
     known = network.statistics(trained_on.x, trained_on.source, batch)
-    value = frechet_distance(*drawn, *known)
+    value = frechet_distance(*moments(vectors), *known)
     sizes = dict(samples=len(samples), images=len(trained_on.x), dimensions=network.dimensions)
     notes = "".join(f", {key} {text}" for key, text in (sizes | network.about).items())
     print(f"{network.name}: {value:.3f} from {trained_on.words}{notes}")
-    return network.about | sizes | dict(name=network.name, value=value, features=network.path)
+    shares = measure_shares(network, vectors, trained_on, batch)
+    about = dict(name=network.name, value=value, features=network.path)
+    return network.about | sizes | about | shares
+
+
+def measure_shares(network, vectors, trained_on, batch):
+    """Precision and recall of samples with features (n, D), and of as many training images."""
+    count = min(len(vectors), len(trained_on.x), MOST_COMPARED)
+    known = network(trained_on.x[evenly(count, len(trained_on.x))], batch)
+    k = min(NEIGHBOURS, count - 1)
+    precision, recall = precision_and_recall(vectors[:count], known, k)
+    of_each = f"of {count:,} samples and as many images, k = {k}"
+    print(f"precision {precision:.3f}, recall {recall:.3f}: {of_each}")
+    return dict(precision=precision, recall=recall, of_each=count, k=k)
 
 
 # Nearest training images

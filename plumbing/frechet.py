@@ -1,4 +1,4 @@
-"""Frechet distance on the features of a network that is read from a file."""
+"""Frechet distance, precision and recall on the features of a network read from a file."""
 import contextlib
 import hashlib
 import json
@@ -137,3 +137,30 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
 def square_root(matrix):
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+# Precision and recall (Kynkaanniemi et al. 2019)
+
+def precision_and_recall(samples, data, k=3):
+    """Shares of the samples (N, D) that lie among the data (M, D), and of the data among them.
+
+    To lie among points is to be no farther from one of them than its k-th nearest neighbour.
+    """
+    return share_among(samples, data, k), share_among(data, samples, k)
+
+
+def share_among(x, points, k):
+    radius = radii(points, k)                                           # (M,)
+    inside = [(part <= radius).any(1) for part in distances(x, points)]
+    return torch.cat(inside).double().mean().item()
+
+
+def radii(points, k):
+    """Distance of each point to its k-th nearest neighbour, (M,); a point is not its own."""
+    return torch.cat([part.kthvalue(k + 1).values for part in distances(points, points)])
+
+
+def distances(x, points, most=20_000_000):
+    """The distances (N, M), a few rows at a time: at most so many numbers, 160 MB."""
+    for part in x.split(max(1, most // len(points))):
+        yield torch.cdist(part, points)

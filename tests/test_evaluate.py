@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate
 import sample
 from ddpm import DDPM
-from evaluate import closest, frechet_distance, moments
+from evaluate import closest, frechet_distance, moments, precision_and_recall
 from plumbing import checkpoint, datasets, frechet, images
 from plumbing.device import seeded_noise
 from plumbing.flags import UserError
@@ -54,6 +54,55 @@ def test_two_clouds_are_as_far_apart_as_the_gaussians_they_come_from():
     expected = D * 1 + D * (2 - 1) ** 2
     assert abs(frechet_distance(*moments(x), *moments(y)) - expected) < 0.1
     assert frechet_distance(*moments(x[: n // 2]), *moments(x[n // 2 :])) < 1e-3
+
+
+# Precision and recall
+
+
+def test_a_set_has_precision_and_recall_1_with_itself_and_0_with_one_far_away():
+    x = torch.randn(60, 5, dtype=torch.float64)
+    assert precision_and_recall(x, x.clone()) == (1, 1)
+    assert precision_and_recall(x, x + 1000) == (0, 0)
+
+
+def test_samples_of_one_of_two_modes_have_precision_1_and_recall_a_half():
+    mode = torch.randn(200, 2, dtype=torch.float64)
+    data = torch.cat([mode, mode + 1000])
+    assert precision_and_recall(mode, data) == (1, 0.5)
+    drawn_anew = torch.randn(400, 2, dtype=torch.float64)
+    precision, recall = precision_and_recall(drawn_anew, data)
+    assert 0.9 < precision <= 1
+    assert 0.45 < recall <= 0.5
+
+
+@pytest.mark.parametrize("k, precision, recall", [(1, 0.8, 0.5), (2, 0.8, 1.0)])
+def test_precision_and_recall_of_points_on_a_line_are_those_by_hand(k, precision, recall):
+    data = tensor([[0.0], [1.0], [10.0], [12.0]])  # k = 1: within -1 to 2 and 8 to 14
+    samples = tensor([[1.5], [1.6], [9.0], [9.6], [30.0]])  # 1.4 to 1.7, 8.4 to 50.4
+    found = precision_and_recall(samples, data, k)
+    assert found == pytest.approx((precision, recall))
+
+
+def test_a_point_reaches_as_far_as_its_third_neighbour():
+    data = torch.arange(10, dtype=torch.float64)[:, None]
+    samples = tensor([[5.2], [6.3], [12.0], [12.5]])
+    assert precision_and_recall(samples, data)[0] == 0.75
+
+
+def test_precision_is_recall_where_samples_and_data_change_places():
+    x = torch.randn(40, 3, dtype=torch.float64)
+    y = 1 + 2 * torch.randn(50, 3, dtype=torch.float64)
+    precision, recall = precision_and_recall(x, y)
+    assert precision_and_recall(y, x) == (recall, precision)
+
+
+def test_many_distances_are_made_a_few_rows_at_a_time():
+    x = torch.randn(10, 3, dtype=torch.float64)
+    points = torch.randn(7, 3, dtype=torch.float64)
+    parts = list(frechet.distances(x, points, most=30))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    close(torch.cat(parts), (x[:, None] - points).norm(dim=2))
+    assert [len(part) for part in frechet.distances(x, points, most=1)] == [1] * 10
 
 
 # Nearest images
@@ -314,6 +363,30 @@ def test_the_frechet_distance_is_taken_between_the_samples_and_all_the_data(meas
     facts = dict(samples=8, images=57, dimensions=3, features="mean.pt", accuracy="12%", nfe=3)
     assert facts.items() <= report.items()
     assert report["name"] == "Frechet distance on mean.pt"
+
+
+def test_precision_and_recall_are_of_the_samples_and_of_as_many_images(command):
+    line = "ddpm --n 20 --steps 3"
+    code, out, _ = command(evaluate, f"{line} --frechet --features mean.pt")
+    assert code == 0
+    report = json.loads(Path("ddpm/evaluation/report.json").read_text())["step 3"]["frechet"]
+    command(sample, f"{line} --out drawn")
+    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted(Path("drawn").iterdir())])
+    a = torch.tensor(drawn).double().mean(dim=(1, 2))
+    (data, _), _ = trained_on_and_held_out()
+    b = data[[i * 56 // 19 for i in range(20)]].double().mean(dim=(2, 3))
+    for name, x, points in (("precision", a, b), ("recall", b, a)):
+        own = (points[:, None] - points).norm(dim=2).sort(dim=1)[0]
+        near = (x[:, None] - points).norm(dim=2) <= own[:, 3]
+        close(report[name], near.any(dim=1).double().mean())
+    assert dict(of_each=20, k=3).items() <= report.items()
+    precision, recall = report["precision"], report["recall"]
+    assert f"precision {precision:.3f}, recall {recall:.3f}: of 20 samples and as many" in out
+
+
+def test_two_samples_have_one_neighbour_each(measure):
+    report = measure("ddpm --frechet --features mean.pt --n 2 --steps 2")["frechet"]
+    assert report["k"] == 1
 
 
 def test_too_few_images_for_the_features_are_warned_of(command):
