@@ -22,6 +22,7 @@ CLAIMS = [
     "pdm_patches",
     "pdm_targets",
     "patch_diffusion_p",
+    "patch_diffusion_finetune",
     "blur",
 ]
 TOOLS = sorted(path.stem for path in (HERE / "experiments/tools").glob("*.py"))
@@ -75,6 +76,11 @@ COMMANDS = {
         "--steps 1 --n 2 --small 3 --batch 2",
         "--width 8 --mults 1 --attention 0 --grid 1",
         "patch_diffusion_p-set-8.csv patch_diffusion_p-set-8-grid.png",
+    ),
+    "patch_diffusion_finetune": (
+        "--steps 1 --train_steps 1 --n 2",
+        TINY,
+        "patch_diffusion_finetune-set-8.csv patch_diffusion_finetune-set-8-grid.png",
     ),
 }
 ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --batch 2 --T 22"
@@ -183,6 +189,7 @@ REFUSED = [
     ("pdm_targets", "--chain 0"),
     ("patch_diffusion_p", "--batch -1"),
     ("patch_diffusion_p", "--n 100000000000000000000"),
+    ("patch_diffusion_finetune", "--train_steps 0"),
     ("blur", "run --limit 0"),
     ("tools.precision", "--steps -1"),
     ("tools.features", "--epochs 0"),
