@@ -21,7 +21,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from edm import denoiser
-from plumbing import checkpoint, contract, runs
+from plumbing import checkpoint, contract, finetune, runs
 from plumbing import device as devices
 from plumbing import images as pixels
 from plumbing.checkpoint import METHODS, SMALL_RUN
@@ -150,7 +150,7 @@ def start(about, saved, init, device, beta_2, seed):
     torch.manual_seed(seed)
     method = checkpoint.build(about)
     if init is not None and saved is None:
-        print(checkpoint.take_weights(method, init, about))
+        print(finetune.take_weights(method, init, about))
     method = devices.to_device(method, device)
     averaged = copy.deepcopy(method).eval().requires_grad_(False)
     fused = device.type in ("cpu", "cuda")
