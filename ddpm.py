@@ -173,7 +173,7 @@ class DDPM(Chain):
         noise,
         y=None,
         *,
-        steps: int | None = None,  # number of steps, evenly spaced over 1..T; default all
+        steps: str | None = None,  # "50" evenly over 1..T, "quad50" dense at low t; default all
         eta: float | None = None,  # DDIM's eta, 0 deterministic; default ancestral, Algorithm 2
         randn_like=torch.randn_like,
     ):
@@ -216,17 +216,22 @@ class DDPM(Chain):
     def kept_steps(self, steps):
         """[tau_1, ..., tau_K], increasing: `steps` of 1..T, evenly spaced, or the given list.
 
-        Both ends are kept; a single step is T. ValueError for a number outside 1..T.
+        "quad50" are 50 at 1 + floor(c k^2), fewer where some coincide. Both ends are kept; a
+        single step is T. ValueError for a number outside 1..T.
         """
         if isinstance(steps, list):
             return steps
-        if steps is None:
-            steps = self.T
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must lie in 1..{self.T}, got {steps}")
-        if steps == 1:
+        spec = str(self.T if steps is None else steps)
+        count = spec.removeprefix("quad")
+        if not count.isdecimal() or not 1 <= int(count) <= self.T:
+            raise ValueError(f"steps read like 50 or quad50 and lie in 1..{self.T}, got {spec}")
+        K = int(count)
+        if K == 1:
             return [self.T]
-        return torch.linspace(1, self.T, steps, dtype=torch.float64).round().long().tolist()
+        if spec.startswith("quad"):
+            positions = [(self.T - 1) * k**2 // (K - 1) ** 2 for k in range(K)]
+            return sorted({1 + position for position in positions})     # DDIM App. D.2
+        return torch.linspace(1, self.T, K, dtype=torch.float64).round().long().tolist()
 
     # Variational bound
 

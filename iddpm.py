@@ -143,7 +143,7 @@ class IDDPM(DDPM):
         noise,
         y=None,
         *,
-        steps: str | None = None,  # kept: "50", "10,15,20", "ddim50", "nll50"; default all
+        steps: str | None = None,  # "50", "10,15,20", "ddim50", "nll50", "quad50"; default all
         eta: float | None = None,  # DDIM's eta, 0 deterministic; default ancestral
         randn_like=torch.randn_like,
     ):
@@ -154,8 +154,8 @@ class IDDPM(DDPM):
         return super().sample(noise, y, steps=steps, eta=eta, randn_like=randn_like)  # Eq. 19
 
     def kept_steps(self, steps):
-        if isinstance(steps, list):
-            return steps
+        if isinstance(steps, list) or str(steps).startswith("quad"):
+            return super().kept_steps(steps)
         return space_timesteps(self.T, self.T if steps is None else steps)
 
 

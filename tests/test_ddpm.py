@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -277,8 +278,34 @@ def test_chains_run_from_T_to_1_and_the_network_sees_the_original_t(T, steps, ex
     equal([int(call.t) for call in calls], expected, what="the t that the network is told")
 
 
+@pytest.mark.equation("ddpm", "DDIM App. D.2")
+@pytest.mark.parametrize("T, count", [(1000, 2), (1000, 4), (1000, 10), (60, 8)])
+def test_quadratic_steps_are_the_integer_part_of_c_k_squared_from_1_to_T(T, count):
+    c = Fraction(T - 1, (count - 1) ** 2)
+    expected = [1 + math.floor(c * k**2) for k in range(count)]
+    net, calls = watched()
+    last(DDPM(net, 1, T=T).sample(torch.zeros(1, 1, 1, 1), steps=f"quad{count}", eta=0.0))
+    came = [int(call.t) for call in calls]
+    equal(came, expected[::-1], what="the t that the network is told")
+    equal((came[0], came[-1]), (T, 1), what="the first and the last t")
+
+
+@pytest.mark.equation("ddpm", "DDIM App. D.2")
+def test_quadratic_steps_that_coincide_are_one_step():
+    kept = DDPM(zero_net, 1).kept_steps("quad50")
+    equal(kept[:5], [1, 2, 4, 7, 11], what="the first of the kept t")
+    equal(len(kept), 49, what="how many are kept")
+
+
 @pytest.mark.function("ddpm", "DDPM.kept_steps")
-@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_single_step_starts_from_T_however_steps_are_spaced():
+    equal(DDPM(zero_net, 1).kept_steps("quad1"), [1000])
+
+
+@pytest.mark.function("ddpm", "DDPM.kept_steps")
+@pytest.mark.parametrize("steps", [
+    0, 1001, "0", "1001", "quad0", "quad1001", "quad", "ddim50", "5,5", "-3", "quad-3", "",
+])
 def test_a_chain_of_no_steps_or_more_than_T_is_refused(steps):
     with pytest.raises(ValueError, match="1..1000"):
         last(DDPM(same_net, 1).sample(torch.zeros(1, 1, 1, 1), steps=steps))

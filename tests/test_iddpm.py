@@ -433,6 +433,14 @@ def test_the_network_of_a_strided_chain_sees_the_original_t():
     equal([int(call.t) for call in calls], expected[::-1])
 
 
+@pytest.mark.function("iddpm", "IDDPM.kept_steps")
+def test_steps_may_be_a_list_or_ddims_quadratic_ones_too():
+    model = IDDPM(constants(0, 0), 1)
+    equal(model.kept_steps([3, 40]), [3, 40])
+    equal(model.kept_steps("quad4"), [1, 112, 445, 1000])
+    equal(model.kept_steps(None), list(range(1, 1001)))
+
+
 def oracle(data, ab, v, **options):
     """IDDPM with the exact eps for this data, and this v."""
     net = halves(lambda x, t: data.eps(x, ab[t.long()]), lambda x, t: torch.full_like(x, v))

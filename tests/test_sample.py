@@ -291,7 +291,7 @@ def test_guidance_is_off_in_a_comparison_unless_asked_for(draw):
     "line, words",
     [
         ("run --compare edm --steps 5 --eta 0.5", "--eta 0.5 does not suit the sampler of EDM"),
-        ("run --compare ddpm --steps ddim10", "--steps ddim10"),
+        ("run --compare ddpm --steps ddim10", "got ddim10"),
         ("run --compare latents --steps 3", "other shapes"),
         ("run --compare nothing.pt", "nothing.pt"),
     ],
