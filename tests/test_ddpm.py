@@ -358,6 +358,23 @@ def test_ddim_with_eta_1_takes_the_ancestral_step_with_the_posterior_variance():
     close(ddim, ancestral, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.equation("ddpm", "DDIM Eq. 12", "Algorithm 2, line 4")
+@pytest.mark.function("ddpm", "DDPM.ancestral", "DDPM.log_variance")
+def test_sigma_hat_of_ddims_table_1_is_the_ancestral_chain_with_the_large_variance():
+    x = torch.randn(16, 1, 1, 1).double()
+    z = torch.randn(16, 1, 1, 1).double()
+    data = Gaussian()
+    ddpm = oracle(data, variance="large", clip=False)
+    chain = states(ddpm.sample(x, steps=4, randn_like=lambda x: z))
+    for came, t, s in zip(chain, (1000, 667, 334, 1), (667, 334, 1, 0)):
+        eps = data.eps(x, ab[t])
+        x_0_hat = (x - (1 - ab[t]).sqrt() * eps) / ab[t].sqrt()
+        sigma = ((1 - ab[s]) / (1 - ab[t])).sqrt() * (1 - ab[t] / ab[s]).sqrt()  # of eta = 1
+        sigma_hat = (1 - ab[t] / ab[s]).sqrt() if s > 0 else 0
+        x = ab[s].sqrt() * x_0_hat + (1 - ab[s] - sigma**2).sqrt() * eps + sigma_hat * z
+        close(came, x, rtol=1e-6, atol=1e-9, what=f"x after the step from {t} to {s}")
+
+
 @pytest.mark.equation("ddpm", "DDIM Eq. 16", "DDIM Eq. 12")
 def test_eta_scales_the_noise_between_none_and_beta_tilde():
     B = 20_000
