@@ -87,7 +87,7 @@ class Chain(nn.Module):
 class DDPM(Chain):
     """Train by predicting the noise (Algorithm 1); sample by removing it (Algorithm 2)."""
 
-    latent_config = {"clip": False}  # flags for latents, which [-1, 1] does not bound
+    latent_config = {"clip": False, "objective": "simple"}  # latents are no pixels
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class DDPM(Chain):
         channels,
         *,
         T: int = 1000,  # number of diffusion steps (Sec. 4)
+        objective: Literal["simple", "bound"] = "simple",  # L_simple, or L itself (Table 2)
         variance: Literal["large", "small"] = "large",  # sigma_t^2: beta_t or beta_tilde_t
         clip: bool = True,  # clip x_0_hat to [-1, 1] in sampling
         beta_1: float = 1e-4,  # variance of the first step at T = 1000 (Sec. 4)
@@ -111,17 +112,27 @@ class DDPM(Chain):
         super().__init__(torch.cat([betas.new_ones(1), alpha_bar]), range(1, T + 1))
         self.net = make_net(channels, channels)
         self.T = T
+        self.objective = objective
         self.variance = variance
         self.clip = clip
 
     # Training
 
     def loss(self, x_0, y=None):
-        """L_simple of images in [-1, 1], a mean over pixels: Eq. 12 without its weight."""
+        """L_simple of images in [-1, 1], a mean over pixels (Eq. 12 without weight), or L."""
         t = self.draw_t(x_0)                                            # Algorithm 1, line 3
         eps = torch.randn_like(x_0)                                     # Algorithm 1, line 4
         x_t = self.q_sample(x_0, t, eps)                                # Algorithm 1, line 5
+        if self.objective == "bound":
+            return self.bound(x_0, x_t, t, y)
         return (eps - self.eps_theta(x_t, t, y)).square().mean()        # Eq. 14
+
+    def bound(self, x_0, x_t, t, y=None):
+        """L in bits/dim, from a random term for each image, without L_T, which is constant."""
+        mean, _ = self.q_posterior(self.predict(x_t, t, y), x_t, t)     # Eq. 11
+        log_variance = self.log_variance(t, t - 1, self)                # Sec. 3.2
+        terms = self.vlb_term(x_0, x_t, t, t - 1, mean, log_variance)   # (B,)
+        return (self.T * terms).mean().to(x_0.dtype)                    # Eq. 5
 
     def draw_t(self, x_0):
         """A step of 1..T for each image, (B, 1, 1, 1)."""

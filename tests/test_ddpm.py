@@ -98,8 +98,8 @@ def test_given_betas_outside_0_to_1_are_refused(beta):
 
 
 @pytest.mark.function("ddpm", "DDPM.__init__")
-def test_latents_are_not_clipped():
-    equal(DDPM.latent_config, {"clip": False})
+def test_latents_are_not_clipped_and_have_no_bound():
+    equal(DDPM.latent_config, {"clip": False, "objective": "simple"})
 
 
 # Forward process
@@ -487,6 +487,43 @@ def test_the_bound_of_the_exact_network_is_its_closed_form(variance, steps):
     terms = expected_terms(a, data, variance)
     mean_within(bound["terms"], terms, what="the terms from L_0 on", slack=1e-9)
     mean_within(bound["mse"], data.left(a[1:]), what="the mean square error of x_0_hat")
+
+
+@pytest.mark.equation("ddpm", "Eq. 5")
+@pytest.mark.function("ddpm", "DDPM.bound", "DDPM.loss")
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_bound_as_an_objective_is_the_sum_of_its_terms(variance):
+    T = 40
+    data = Gaussian(0.1, 0.2)
+    alpha_bar = linear_alpha_bar(T)
+    exact = closed_form(lambda x, t, y: data.eps(x, alpha_bar[t.long()]))
+    ddpm = DDPM(exact, 1, T=T, variance=variance, clip=False, objective="bound")
+    losses = [ddpm.loss(data.draw(20_000).clamp(-0.98, 0.98)) for _ in range(8)]
+    expected = expected_terms(alpha_bar, data, variance).sum()
+    mean_within(torch.stack(losses), expected, what="L without L_T, in bits/dim")
+
+
+@pytest.mark.function("ddpm", "DDPM.bound")
+def test_x_0_hat_is_not_clipped_in_training_on_the_bound():
+    x_0 = images(0.9, 0.9).repeat(50, 1, 1, 1)
+    net = closed_form(lambda x, t, y: torch.zeros_like(x))
+    losses = []
+    for clip in (True, False):
+        torch.manual_seed(0)
+        losses.append(DDPM(net, 1, clip=clip, objective="bound").loss(x_0))
+    equal(losses[0], losses[1], what="the loss, whether samples are clipped or not")
+
+
+@pytest.mark.function("ddpm", "DDPM.bound", "DDPM.loss")
+def test_the_bound_asks_the_network_of_the_class_and_the_t_of_each_image():
+    net, calls = watched()
+    y = torch.arange(64)
+    ddpm = DDPM(net, 1, objective="bound")
+    loss = ddpm.loss(torch.zeros(64, 1, 4, 4, requires_grad=True), y)
+    equal(len(calls), 1, what="how often the network is asked")
+    equal(calls[0].y, y)
+    holds(calls[0].t.unique().numel() > 32, "each image has a t of its own", t=calls[0].t)
+    equal(loss.dtype, torch.float32)
 
 
 @pytest.mark.equation("ddpm", "Eq. 5, L_0")

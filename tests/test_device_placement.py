@@ -21,6 +21,7 @@ from unet import Guided, UNet
 CHAINS = {
     "DDPM": (DDPM, {}),
     "DDPM, small variance": (DDPM, {"variance": "small", "clip": False}),
+    "DDPM, bound": (DDPM, {"objective": "bound"}),
     "IDDPM, simple": (IDDPM, {"objective": "simple"}),
     "IDDPM, hybrid": (IDDPM, {"objective": "hybrid"}),
     "IDDPM, hybrid, linear": (IDDPM, {"objective": "hybrid", "schedule": "linear"}),
