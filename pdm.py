@@ -24,8 +24,8 @@ Where we differ from the authors' code: the order of the channels in a patch; pa
 from the noisiest, theirs from the cleanest; the cosine schedule and a fixed variance are our
 defaults (theirs: linear, learned). Their variance head reads detached features, its v is a
 sigmoid where 1 means beta_tilde, and they weigh the bound with 1, which is our lambda T at
-T = 1000 only. They add a position embedding to the patch grid, and clip guided samples at the
-.995 quantile of |x_0|.
+T = 1000 only. They add a position embedding to the patch grid, and clip guided samples as
+`dynamic_clip` does (dynamic thresholding, of Imagen).
 """
 import math
 from typing import Literal
@@ -112,6 +112,7 @@ class PDM(IDDPM):
         learn_variance: bool = False,  # learn IDDPM's variance too; needs a long run
         variance: Literal["large", "small"] = "large",  # if not learned: beta_t or beta_tilde_t
         clip: bool = True,  # clip x_0_hat to [-1, 1] in sampling
+        dynamic_clip: bool = False,  # clip at each image's .995 quantile instead, and divide
     ):
         patch = patch_of_each_part(patch, len(split_snr) + 1)
         betas = betas_of(schedule, T)
@@ -132,6 +133,7 @@ class PDM(IDDPM):
         )
         self.target = predict
         self.weight = weight
+        self.dynamic_clip = dynamic_clip
         self.size_multiple = math.lcm(*patch)  # must divide H and W, besides the U-Net's depth
 
     # Training targets
@@ -163,6 +165,15 @@ class PDM(IDDPM):
         """x_0_hat (B, C, H, W), not clipped, and IDDPM's v, or None where none is learned."""
         out, var = self.outputs(x_t, t, y)
         return self.x_from_target(x_t, t, out), var
+
+    def clip_if_asked(self, x_0_hat):
+        """As DDPM's; or by each image's own s, the .995 quantile of |x_0_hat|, if above 1."""
+        if not self.dynamic_clip:
+            return super().clip_if_asked(x_0_hat)
+        rising, _ = x_0_hat.abs().flatten(1).sort(dim=1)                # (B, C H W)
+        s = rising[:, round(0.995 * (rising.shape[1] - 1))]             # (B,)
+        s = s.clamp(min=1).view(-1, 1, 1, 1)
+        return x_0_hat.clamp(-s, s) / s
 
     # Loss
 

@@ -58,6 +58,7 @@ def sample(
     guidance: tuple[float, ...] = (),  # weight; several: a row for each; default the method's
     size: tuple[int, ...] = (),  # height and width of another canvas than the training images'
     clip: bool | None = None,  # clip x_0_hat to [-1, 1] in its own sampler; default as trained
+    dynamic_clip: bool | None = None,  # or at each image's quantile (for guidance); as trained
     variance: Literal["large", "small"] | None = None,  # where none is learned; as trained
     precision: Literal["fp32", "bf16"] = "fp32",  # of the network; the state stays as it is
     compare: tuple[str, ...] = (),  # more runs, drawn from the same noise: a row for each
@@ -77,7 +78,9 @@ def sample(
     loaded = [(p, *checkpoint.load(p, ema=not raw, device=device)) for p in (path, *compare)]
     rows = rows_of(loaded, class_, guidance, len(keys))
     shape = canvas(loaded, size, len(keys) * len(rows))
-    overrides = check_overrides(rows, sampler, clip=clip, variance=variance)
+    overrides = check_overrides(
+        rows, sampler, clip=clip, dynamic_clip=dynamic_clip, variance=variance
+    )
     chains = [chain(row.method, sampler, options, shape) for row in rows]
     made_by = dict(seeds=seeds, n=n, sampler=sampler, class_=class_, guidance=guidance)
     made_by |= dict(size=size, compare=compare, precision=precision, raw=raw)
@@ -183,7 +186,7 @@ def canvas(loaded, size, n):
 
 
 def check_overrides(rows, sampler, **overrides):
-    """Those of --clip and --variance that are given; UserError where they would do nothing."""
+    """Those of the method's flags that are given; UserError where they would do nothing."""
     asked = {name: value for name, value in overrides.items() if value is not None}
     for name in asked:
         for method in [row.method for row in rows]:

@@ -97,6 +97,29 @@ def test_a_checkpoint_holds_what_was_learned_and_nothing_else(split_snr, network
 @pytest.mark.function("pdm", "PDM.__init__")
 def test_x_0_hat_is_clipped_by_default():
     equal(PDM(same_net, 3).clip, True)
+    equal(PDM(same_net, 3).dynamic_clip, False)
+
+
+@pytest.mark.function("pdm", "PDM.clip_if_asked")
+@pytest.mark.parametrize("side", [7, 10])
+def test_dynamic_clipping_makes_the_quantile_of_each_image_its_white(side):
+    n = side * side
+    shuffled = torch.randperm(n).view(1, 1, side, side)
+    sign = 1 - 2 * (shuffled % 2)
+    x = torch.cat([sign * (1 + shuffled) * scale for scale in (0.5, 1.0)]).double()
+    s = 1 + round(0.995 * (n - 1))  # of 1, 2, ..., n the one nearest to the .995 quantile
+    came = PDM(same_net, 1, dynamic_clip=True).clip_if_asked(x)
+    expected = x.div(x.new_tensor([0.5 * s, s]).view(2, 1, 1, 1)).clamp(-1, 1)
+    close(came, expected, what="x_0_hat")
+
+
+@pytest.mark.function("pdm", "PDM.clip_if_asked")
+def test_dynamic_clipping_of_an_image_within_minus_1_to_1_is_the_plain_one():
+    x = torch.linspace(-0.9, 0.9, 300).double().view(1, 3, 10, 10)
+    x[0, 0, 0, 0] = -5.0
+    dynamic = PDM(same_net, 3, dynamic_clip=True).clip_if_asked(x)
+    equal(dynamic, PDM(same_net, 3).clip_if_asked(x))
+    equal(PDM(same_net, 3, clip=False).clip_if_asked(x), x, what="x_0_hat without clipping")
 
 
 @pytest.mark.function("pdm", "PDM.__init__")

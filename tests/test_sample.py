@@ -196,6 +196,8 @@ def test_clip_and_variance_are_those_of_training_unless_given(images):
     assert (images("ddpm --n 2 --steps 5 --clip --variance large") == plain).all()
     assert (images("ddpm --n 2 --steps 5 --no-clip") != plain).any()
     assert (images("ddpm --n 2 --steps 5 --variance small") != plain).any()
+    plain = images("run --n 2 --steps 5 --guidance 9")
+    assert (images("run --n 2 --steps 5 --guidance 9 --dynamic_clip") != plain).any()
 
 
 def test_bf16_is_near_fp32_and_not_the_same(images):
@@ -205,7 +207,7 @@ def test_bf16_is_near_fp32_and_not_the_same(images):
     assert difference.mean() < 2  # of 255
 
 
-@pytest.mark.parametrize("flags", ["--no-clip", "--variance small"])
+@pytest.mark.parametrize("flags", ["--no-clip", "--variance small", "--dynamic_clip"])
 def test_clip_and_variance_belong_to_the_method_s_own_sampler(draw, flags):
     code, _, err = draw(f"ddpm --n 1 --steps 3 --sampler heun {flags} --out no")
     assert code == 2
