@@ -18,6 +18,7 @@ CLAIMS = [
     "iddpm_steps",
     "edm_samplers",
     "edm_churn",
+    "edm_churn_grid",
     "edm_training",
     "pdm_patches",
     "pdm_targets",
@@ -56,6 +57,11 @@ COMMANDS = {
         "--train_steps 1 --n 20 --images 2 --seeds 1",
         TINY,
         "mixture.csv churn.csv churn-grid.png",
+    ),
+    "edm_churn_grid": (
+        "--train_steps 1 --n 2 --S_tmin 0 1 --S_tmax 50 --S_noise 1 1.003 --chain 2",
+        TINY,
+        "churn_grid.csv churn_grid-grid.png",
     ),
     "edm_training": (
         "--steps 1 --n 2",
@@ -181,6 +187,9 @@ REFUSED = [
     ("edm_samplers", "--train_steps 0"),
     ("edm_churn", "--images 0"),
     ("edm_churn", "--seeds -2"),
+    ("edm_churn_grid", "--S_churn -1"),
+    ("edm_churn_grid", "--S_noise 1 -1"),
+    ("edm_churn_grid", "--chain 0"),
     ("edm_training", "--n 1"),
     ("pdm_patches", "--repeats 0"),
     ("pdm_patches", "--patches 2 0"),
@@ -329,6 +338,37 @@ def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
 
 
 # What the claims rest on
+
+
+def test_the_search_for_churn_draws_by_every_combination_and_without():
+    from experiments.edm_churn_grid import cases_of
+
+    class Judge:
+        def chain(self, sampler, **options):
+            return (sampler, options)
+
+    ode, low, high = cases_of(Judge(), 5, 20.0, [(0.0, 1.0, 1.007), (0.05, 50.0, 1.0)])
+    assert ode.run == ("heun", dict(steps=5))
+    assert low.name == "0 to 1, S_noise 1.007"
+    churn = dict(steps=5, S_churn=20.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.0)
+    assert high.run == ("heun", churn)
+
+
+@pytest.mark.parametrize("of_best, words", [
+    ([50.0, 60.0], "no: nothing is below"),
+    ([30.0, 36.0], "not told apart, seeds differ by 20"),
+    ([9.0, 13.0], "yes: 11.0 by 0 to 1, 40.0 without churn"),
+    ([], "no distance"),
+])
+def test_the_best_churn_counts_where_it_is_ahead_by_more_than_seeds_differ(of_best, words):
+    from experiments.edm_churn_grid import ODE, verdict
+    from experiments.judge import Drawn
+
+    distances = {ODE: [30.0, 50.0], "0 to 1": of_best, "1 to 50": [90.0, 90.0]}
+    if not of_best:
+        distances = dict.fromkeys(distances, [])
+    drawn = {name: Drawn(None, values, 63, 0.1) for name, values in distances.items()}
+    assert verdict(drawn).startswith(words)
 
 
 def test_the_mixtures_denoiser_is_its_posterior_mean(run):
