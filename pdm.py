@@ -22,10 +22,10 @@ This is not Patch Diffusion (Wang et al. 2023), which trains on crops. Tags with
 name sections of the paper.
 Where we differ from the authors' code: the order of the channels in a patch; parts are counted
 from the noisiest, theirs from the cleanest; the cosine schedule and a fixed variance are our
-defaults (theirs: linear, learned). Their variance head reads detached features, its v is a
-sigmoid where 1 means beta_tilde, and they weigh the bound with 1, which is our lambda T at
-T = 1000 only. They add a position embedding to the patch grid, and clip guided samples as
-`dynamic_clip` does (dynamic thresholding, of Imagen).
+defaults (theirs: linear, learned). Their variance head has two layers, reads detached features,
+and in its v 1 means beta_tilde; they weigh the bound with 1, which is our lambda T at T = 1000
+only. They add a position embedding to the patch grid, and clip guided samples by `dynamic_clip`
+(dynamic thresholding, of Imagen).
 """
 import math
 from typing import Literal
@@ -164,6 +164,8 @@ class PDM(IDDPM):
     def x_0_and_v(self, x_t, t, y=None):
         """x_0_hat (B, C, H, W), not clipped, and IDDPM's v, or None where none is learned."""
         out, var = self.outputs(x_t, t, y)
+        if self.learned:
+            var = var.tanh()  # the authors' sigmoid; free, it runs away in a short run
         return self.x_from_target(x_t, t, out), var
 
     def clip_if_asked(self, x_0_hat):

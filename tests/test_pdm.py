@@ -133,8 +133,21 @@ def test_mean_and_variance_unfold_separately():
     model = PDM(net, 3, patch=4, learn_variance=True)
     x_0_hat, v = model.x_0_and_v(torch.randn(2, 3, 8, 8), 500)
     equal(x_0_hat.shape, (2, 3, 8, 8), what="shape of x_0_hat")
-    equal(v, torch.full((2, 3, 8, 8), 0.5), what="v, which the network says is 0.5")
+    expected = torch.full((2, 3, 8, 8), math.tanh(0.5))
+    close(v, expected, rtol=1e-6, what="v, where the network says 0.5")
     holds((x_0_hat != 0.5).all(), "no pixel of x_0_hat is a v", x_0_hat=x_0_hat)
+
+
+@pytest.mark.function("pdm", "PDM.x_0_and_v")
+@pytest.mark.parametrize("var, share", [(-40.0, 0.0), (0.0, 0.5), (40.0, 1.0)])
+def test_a_learned_variance_cannot_leave_its_bounds_beta_tilde_and_beta(var, share):
+    net = closed_form(lambda x, t, y: torch.cat([x, torch.full_like(x, var)], dim=1))
+    x = torch.zeros(1, 1, 1, 1).double()
+    _, log_variance, _ = PDM(net, 1, patch=1, learn_variance=True).p_mean_variance(x, 3, 2)
+    beta = 1 - ab[3] / ab[2]
+    beta_tilde = (1 - ab[2]) / (1 - ab[3]) * beta
+    expected = share * beta.log() + (1 - share) * beta_tilde.log()
+    close(log_variance.flatten(), expected.view(1), rtol=1e-6, what="log Sigma_theta")
 
 
 @pytest.mark.function("pdm", "PDM.__init__", "patch_of_each_part")
@@ -270,7 +283,7 @@ def test_a_learned_variance_adds_lambda_l_vlb_and_leaves_the_mean_alone():
     loss.backward()
     root_snr = (ab[net.t] / (1 - ab[net.t])).sqrt()
     x_hat, v = net.out.detach().chunk(2, dim=1)
-    L_vlb = 1000 * model.L_t(x_0, net.x_t, net.t, x_hat, v).mean()
+    L_vlb = 1000 * model.L_t(x_0, net.x_t, net.t, x_hat, v.tanh()).mean()
     expected = (root_snr * (x_0 - x_hat) ** 2).mean() + 0.001 * L_vlb
     close(loss, expected, rtol=1e-6, what="the loss")
     of_x, of_v = net.out.grad.chunk(2, dim=1)
