@@ -100,7 +100,8 @@ def sample(
             autocast(where, precision),
         ):
             if kind in ("gif", "strip"):
-                drawn.append(drawing.record(run, shape, keys, row.labels, where))
+                frames = drawing.record(run, shape, keys, row.labels, where)
+                drawn.append(list(frames.values()))
             else:
                 drawn.append(draw(run, shape, keys, batch, row.labels, where))
         print(f"{row.name}: {cost}{drawing.guidance_note(row.labels, row.guidance)}")

@@ -17,7 +17,7 @@ from unet import Guided
 from .device import rank, seeded_noise, world
 from .flags import UserError
 
-MOST_FRAMES = 60  # of a chain, in an animation
+MOST_FRAMES = 60  # of a chain, in an animation or on a page
 
 
 # Round the network, for the time of the sampling
@@ -111,24 +111,24 @@ def last(chain):
     return x
 
 
-def record(run, shape, keys, labels=None, device="cpu"):
-    """[(x, x_0_hat), ...] along the chain, evenly spaced, the last always among them.
+def record(run, shape, keys, labels=None, device="cpu", most=MOST_FRAMES):
+    """{step: (x, x_0_hat)} along the chain, evenly spaced, the last always among them.
 
-    At most MOST_FRAMES + 1 pairs (n, C, H, W), on the CPU; arguments as in `draw`.
+    At most `most` + 1 pairs (n, C, H, W), on the CPU; other arguments as in `draw`.
     """
     noise = seeded_noise(keys)
     x_T = noise(torch.empty(len(keys), *shape, device=device))
     y = None if labels is None else labels.to(device)
     steps = run(x_T, y, randn_like=noise)
-    frames = []
+    frames = {}
     stride = 1
     for step, (x, x_0_hat) in enumerate(tqdm(steps, unit=" steps", disable=rank() > 0)):
-        if step % stride == 0:
-            frames.append((x.float().cpu(), x_0_hat.float().cpu()))
-        if len(frames) == MOST_FRAMES:
-            frames = frames[::2]
+        if step % stride == 0 and len(frames) == most:
+            frames = {k: frames[k] for k in list(frames)[::2]}
             stride = 2 * stride
-    return frames + [(x.float().cpu(), x_0_hat.float().cpu())]
+        if step % stride == 0:
+            frames[step] = (x.float().cpu(), x_0_hat.float().cpu())
+    return frames | {step: (x.float().cpu(), x_0_hat.float().cpu())}
 
 
 def share_of(n):

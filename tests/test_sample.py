@@ -327,10 +327,12 @@ def test_a_long_chain_is_recorded_evenly_and_to_its_end():
         for k in range(1000):
             yield torch.full((1, 1, 1, 1), float(k)), torch.zeros(1, 1, 1, 1)
 
-    values = [x.item() for x, _ in drawing.record(count_to_1000, (1, 1, 1), [(0, 0)])]
-    assert values[-1] == 999
-    assert 30 <= len(values) <= 61
-    assert len({b - a for a, b in zip(values, values[1:-1])}) == 1
+    frames = drawing.record(count_to_1000, (1, 1, 1), [(0, 0)])
+    steps = list(frames)
+    assert [x.item() for x, _ in frames.values()] == steps
+    assert steps[-1] == 999
+    assert 30 <= len(steps) <= 61
+    assert len({b - a for a, b in zip(steps, steps[1:-1])}) == 1
 
 
 # Where it is written
