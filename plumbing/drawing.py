@@ -131,6 +131,22 @@ def record(run, shape, keys, labels=None, device="cpu", most=MOST_FRAMES):
     return frames | {step: (x.float().cpu(), x_0_hat.float().cpu())}
 
 
+def from_noise(run):
+    """A sampler that yields each x before its step, with the x_0_hat made from it.
+
+    So it begins with the noise; at the end it yields the sample twice.
+    """
+
+    def states(noise, y=None, **options):
+        x = noise
+        for x_next, x_0_hat in run(noise, y, **options):
+            yield x, x_0_hat
+            x = x_next
+        yield x, x
+
+    return states
+
+
 def share_of(n):
     """Which of n images this process draws; the shares of all processes have one length."""
     length = math.ceil(n / world())
@@ -271,11 +287,11 @@ def as_word(flag, value):
     return flag + "-".join(str(one).removesuffix(".0") for one in values)
 
 
-def prepare(path, ending, named):
+def prepare(path, ending, named, flag="--out"):
     """Make the folder of a file to write; `named`: by the user, who hears of an older file."""
     path = Path(path)
     if path.suffix.lower() != ending or path.is_dir():
-        raise UserError(f"--out {path} must name a file that ends in {ending}")
+        raise UserError(f"{flag} {path} must name a file that ends in {ending}")
     if named and path.is_file():
         print(f"note: {path} is there already and will be overwritten")
     make_folder(path.parent)
