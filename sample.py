@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edm import denoiser, ode_sample
-from plumbing import checkpoint, drawing, images
+from plumbing import checkpoint, drawing, images, page
 from plumbing.checks import check_size
 from plumbing.datasets import height_and_width
 from plumbing.device import autocast, join, rank
@@ -35,8 +35,8 @@ SAMPLERS = {
     "churn": dict(steps=256, S_churn=40.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.003),
 }
 # Images in a picture, by the flag that makes its rows
-DEFAULT_N = {None: 64, "class": 8, "guidance": 8, "compare": 8, "gif": 8, "strip": 1}
-SUFFIXES = {"gif": ".gif", "strip": "-strip.png"}
+DEFAULT_N = {None: 64, "class": 8, "guidance": 8, "compare": 8, "gif": 8, "strip": 1, "html": 6}
+SUFFIXES = {"gif": ".gif", "strip": "-strip.png", "html": ".html"}
 REPLACED = {
     "window": "--window is now --size h w --corner y x --image H W",
     "canvas": "--canvas is now --size",
@@ -64,6 +64,7 @@ def sample(
     compare: tuple[str, ...] = (),  # more runs, drawn from the same noise: a row for each
     gif: bool = False,  # the chain as an animation: x above, the estimate of x_0 below
     strip: bool = False,  # eight moments of the chain: x above, the estimate of x_0 below
+    html: str | None = None,  # a page: a slider over the chain, at most 60 frames, under 3 MB
     raw: bool = False,  # use the weights as trained, not their average
     out: str | None = None,  # .png, new folder for numbered .png, .npy; default in the run
     device: str | None = None,  # cuda, mps or cpu; default the first that is there
@@ -73,11 +74,14 @@ def sample(
     Raises UserError for what cannot be, before any work.
     """
     kind = kind_of_rows(class_, guidance, compare, gif, strip)
+    if html is not None:
+        kind, out = as_page(kind, html, out)
     keys = drawing.keys_of(seed, seeds, n, DEFAULT_N[kind])
     check_range("batch", batch, 1, 10**6)
     loaded = [(p, *checkpoint.load(p, ema=not raw, device=device)) for p in (path, *compare)]
     rows = rows_of(loaded, class_, guidance, len(keys))
     shape = canvas(loaded, size, len(keys) * len(rows))
+    most = page.most_frames(shape, len(keys) * len(rows)) if html else drawing.MOST_FRAMES
     overrides = check_overrides(
         rows, sampler, clip=clip, dynamic_clip=dynamic_clip, variance=variance
     )
@@ -99,14 +103,17 @@ def sample(
             guided(row.method, row.guidance),
             autocast(where, precision),
         ):
-            if kind in ("gif", "strip"):
-                frames = drawing.record(run, shape, keys, row.labels, where)
-                drawn.append(list(frames.values()))
+            if kind in ("gif", "strip", "html"):
+                states = drawing.from_noise(run) if html else run
+                drawn.append(drawing.record(states, shape, keys, row.labels, where, most))
             else:
                 drawn.append(draw(run, shape, keys, batch, row.labels, where))
         print(f"{row.name}: {cost}{drawing.guidance_note(row.labels, row.guidance)}")
     if rank() == 0:
-        write(drawn, rows, [s if seeds else i for s, i in keys], out)
+        if html:
+            page.save(rows, chains, drawn, keys, out)
+        else:
+            write(drawn, rows, [s if seeds else i for s, i in keys], out)
         print(f"wrote {out}")
     return out
 
@@ -136,6 +143,15 @@ def kind_of_rows(class_, guidance, compare, gif, strip):
         text = " and ".join(f"--{flag}" for flag in kinds)
         raise UserError(f"{text} do not go together: only one of them can make the rows")
     return kinds[0] if kinds else None
+
+
+def as_page(kind, html, out):
+    """("html", its path): a page has rows of any kind; UserError beside another output."""
+    if kind in ("gif", "strip"):
+        raise UserError(f"--html and --{kind} do not go together: the page shows the chain")
+    if out is not None:
+        raise UserError("--html names the file itself: leave out --out")
+    return "html", html
 
 
 def rows_of(loaded, class_, guidance, n):
@@ -233,7 +249,11 @@ def prepare(out, path, name, suffix):
     """Where to write: a file that ends in `suffix`, or a folder; the folders above are made."""
     named = out is not None
     out = Path(out) if named else drawing.run_folder(path) / "samples" / f"{name}{suffix}"
-    if suffix != ".png" or out.suffix.lower() in (".png", ".npy", ".gif"):
+    if suffix == ".html":
+        if out.is_file() and b'content="sample.py"' not in out.read_bytes()[:300]:
+            raise UserError(f"{out} is there and is no page of sample.py: choose another name")
+        drawing.prepare(out, suffix, named, "--html")
+    elif suffix != ".png" or out.suffix.lower() in (".png", ".npy", ".gif"):
         drawing.prepare(out, suffix[-4:], named)
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} must end in .png, or be a new or empty folder")
@@ -247,12 +267,12 @@ def write(drawn, rows, numbers, out):
     suffix = out.suffix.lower()
     labels = [row.name for row in rows] if len(rows) > 1 else ()
     if suffix == ".gif":
-        images.save_gif(drawn[0], out)
+        images.save_gif(list(drawn[0].values()), out)
     elif suffix == ".npy":
         with checkpoint.written_whole(out) as file:
             np.save(file, torch.cat(drawn).numpy())
-    elif isinstance(drawn[0], list):
-        images.save_strip(drawn[0], out)
+    elif isinstance(drawn[0], dict):
+        images.save_strip(list(drawn[0].values()), out)
     elif out.is_dir():
         for row, pictures in zip(rows, drawn):
             folder = out / drawing.as_file_name(row.name) if labels else out

@@ -1,5 +1,7 @@
 """Images in, images out: the only file where uint8 and [-1, 1] meet, and where Pillow opens."""
+import base64
 import contextlib
+import io
 import logging
 import math
 import os
@@ -44,6 +46,13 @@ def to_image(x):
     return Image.fromarray(x[:3].permute(1, 2, 0).contiguous().numpy())
 
 
+def as_uri(x):
+    """(C, H, W), uint8 or in [-1, 1], -> a PNG as text that stands in a page of HTML."""
+    file = io.BytesIO()
+    to_image(x).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 # Pictures of many images
 
 def save_grid(x, path, columns=None, labels=()):
@@ -86,10 +95,10 @@ def save_gif(frames, path):
     save(pictures[0], path, save_all=True, append_images=rest, duration=50, loop=0)
 
 
-def visible(x):
-    """x (B, C, H, W) with a standard deviation of at most 0.5, so that noise is not clipped."""
+def visible(x, most=0.5):
+    """x (B, C, H, W) with a standard deviation of at most `most`: noise is hardly clipped."""
     std = x.std(dim=(1, 2, 3), keepdim=True)
-    return x / (2 * std).clamp(min=1)
+    return x / (std / most).clamp(min=1)
 
 
 def grid(x, columns=None, labels=(), width=512):
