@@ -25,6 +25,7 @@ CLAIMS = [
     "patch_diffusion_p",
     "patch_diffusion_finetune",
     "blur",
+    "edm_trajectories",
 ]
 TOOLS = sorted(path.stem for path in (HERE / "experiments/tools").glob("*.py"))
 TOOLS = [f"tools.{name}" for name in TOOLS if name not in ("peers", "timers")]
@@ -198,6 +199,8 @@ REFUSED = [
     ("patch_diffusion_p", "--n 100000000000000000000"),
     ("patch_diffusion_finetune", "--train_steps 0"),
     ("blur", "run --limit 0"),
+    ("edm_trajectories", "--steps 3"),
+    ("edm_trajectories", "--out paths.txt"),
     ("tools.precision", "--steps -1"),
     ("tools.features", "--epochs 0"),
     ("tools.benchmark", "--repeats 0"),
@@ -381,6 +384,38 @@ def test_the_mixtures_denoiser_is_its_posterior_mean(run):
         expected = (w * x_0).sum() / w.sum()
         found = mixture.Mixture()(x, torch.full((1, 1, 1, 1), sigma))
         assert found.item() == pytest.approx(expected.item(), abs=0.01)
+
+
+def test_the_paths_of_each_schedule_end_at_the_same_places_and_euler_s_near_them(run, tmp_path):
+    from experiments.edm_trajectories import CASES, HIGH, walk
+
+    torch.manual_seed(0)
+    noise = torch.randn(50, 1, 1, 2, dtype=torch.float64)
+    ends = []
+    for schedule, scaling, _ in CASES:
+        t, x = walk(noise, 200, "heun", schedule, scaling)
+        assert x.shape == (201, 50, 2)
+        start = {"vp": HIGH / (1 + HIGH**2) ** 0.5}.get(schedule, HIGH)
+        torch.testing.assert_close(x[0], start * noise[:, 0, 0])
+        assert t[0].item() == pytest.approx({"vp": 1, "ve": HIGH**2, "linear": HIGH}[schedule])
+        assert t[-1] == 0
+        ends.append(x[-1])
+    for end in ends:
+        assert (end - ends[-1]).norm(dim=1).mean() < 0.01
+    code, out, err = run("edm_trajectories", "--n 30 --steps 4")
+    assert code == 0, err
+    assert "no edm-trajectories.png: matplotlib is not installed" in out
+    assert "Euler in 4 steps ends off the path by VP 0." in out
+
+
+def test_the_paths_are_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    from experiments.edm_trajectories import draw_columns
+
+    t = torch.linspace(1, 0, 5)
+    x = torch.randn(5, 30, 2)
+    draw_columns([("VP", t, x, t, x)] * 3, tmp_path / "paths.png")
+    assert (tmp_path / "paths.png").stat().st_size > 1000
 
 
 # Tools
