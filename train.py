@@ -62,7 +62,7 @@ def train(
     keep: int = 0,  # older checkpoints that stay, ckpt-001000.pt named by their step
     grid: int = 64,  # images in each grid of samples
     seed: int = 0,  # seed of the weights, the data order and the noise
-    precision: Literal["auto", "fp32", "bf16"] = "auto",  # auto: bf16 on GPUs that have it
+    precision: Literal["auto", "fp32", "bf16"] = "auto",  # auto: bf16 where hardware has it
     compile: bool | None = None,  # torch.compile; default on CUDA, from 20,000 steps on
     device: str | None = None,  # cuda, mps or cpu; default the first that is there
 ):

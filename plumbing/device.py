@@ -42,12 +42,19 @@ def first_there():
 
 
 def precision_on(device, precision):
-    """fp32 or bf16; auto is bf16 on GPUs that have it. On CPUs it was measured to be slower."""
+    """fp32 or bf16; auto is bf16 on GPUs and CPUs that have it: experiments/choices.md."""
     if precision != "auto":
         return precision
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "bf16"
-    return "fp32"
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def has_bf16(device):
+    """Whether the device multiplies in bf16; elsewhere that is emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # newer torch
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return False
 
 
 def autocast(device, precision):

@@ -32,21 +32,28 @@ def test_the_first_device_that_is_there_is_picked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, capability, expected",
+    "device, has, expected",
     [
         (CUDA, (8, 0), "bf16"),
         (CUDA, (9, 0), "bf16"),
         (CUDA, (7, 5), "fp32"),
-        (CPU, None, "fp32"),
+        (CPU, {"avx512_bf16": True}, "bf16"),
+        (CPU, {"avx512_bf16": False}, "fp32"),
+        (CPU, {"architecture": "aarch64"}, "fp32"),
+        (torch.device("mps"), None, "fp32"),
     ],
 )
-def test_auto_is_bf16_on_gpus_from_8_0_on_and_fp32_elsewhere(
-    monkeypatch, device, capability, expected
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+def test_auto_is_bf16_where_hardware_multiplies_in_it(monkeypatch, device, has, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: has)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert devices.precision_on(device, "auto") == expected
     assert devices.precision_on(device, "fp32") == "fp32"
     assert devices.precision_on(device, "bf16") == "bf16"
+
+
+def test_auto_is_fp32_where_torch_does_not_know_the_cpu(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert devices.precision_on(CPU, "auto") == "fp32"
 
 
 @pytest.mark.parametrize(
