@@ -51,7 +51,7 @@ def train(
     beta_2: float = 0.99,  # Adam's beta_2; the papers' 0.999 is for long runs
     warmup: int = 200,  # steps over which the learning rate rises from 0
     decay: int = 500,  # steps after which it falls as 1/sqrt(step); 0 for never
-    cooldown: int = 0,  # last steps, over which it falls to 0: for deterministic samplers
+    cooldown: int = 0,  # last steps, at most half of all, over which it falls to 0
     ema: float = 0.999,  # decay of the averaged weights a step, lower at first
     clip_grad: float = 1.0,  # largest norm of the gradient; 0 for any
     flip: bool = False,  # mirror half of the images (never digits or text)
@@ -181,6 +181,7 @@ def draw_batch(images, labels, n, flip, drop_label, device):
 
 def learning_rate(step, steps, lr, warmup, decay, cooldown):
     """It rises over `warmup` steps, falls as 1/sqrt(step) from `decay` on, and to 0 at last."""
+    cooldown = min(cooldown, steps // 2)
     rise = (step + 1) / warmup if warmup else 1
     fall = (decay / (step + 1)) ** 0.5 if decay else 1
     last = (steps - step) / cooldown if cooldown else 1

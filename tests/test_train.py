@@ -128,7 +128,7 @@ def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
     saved = read("runs/pdm")
     assert saved["method"] == "pdm"
     assert saved["config"]["patch"] == (2,)
-    assert saved["config"]["lr"] == 2e-3
+    assert saved["config"]["lr"] == 1.5e-3
     assert saved["shape"] == [3, 8, 8]
     assert saved["classes"] == ["0", "1", "2"]
     assert saved["step"] == 3
@@ -186,6 +186,11 @@ def test_the_learning_rate_rises_falls_as_the_root_of_the_step_and_to_0_in_coold
         fall = (4 / (step + 1)) ** 0.5
         expected = 0.01 * min(1, rise, fall) * min(1, (9 - step) / 3)
         assert float(row["lr"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cooldown_lasts_for_half_of_a_short_run_at_most():
+    rates = [train.learning_rate(step, 8, 1.0, 0, 0, 1000) for step in range(8)]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
 def test_accumulating_leaves_the_number_of_images_a_step_alone(do):
