@@ -46,11 +46,11 @@ METHODS = {
 # What a run on a CPU wants instead of the signatures' defaults; experiments/choices.md.
 SMALL_GRID = dict(width=24, mults=(1, 2, 3, 4), attention=(3,), lr=1e-3, decay=1000)
 CROPS = dict(width=32, mults=(1, 2, 4), attention=(2,))  # 16x16 has crops of 4x4, halved twice
-BOLD = dict(data="digits64", mults=(1, 2, 2), batch=16, lr=1.5e-3, decay=0, cooldown=2500)
+BOLD = dict(data="digits64", mults=(1, 2, 2), attention=(2,), decay=0, cooldown=2500)
 SMALL_RUN = {
     "ddpm": SMALL_GRID | dict(steps=7000),
     "iddpm": SMALL_GRID | dict(steps=7000),
-    "pdm": BOLD | dict(steps=5000),
+    "pdm": BOLD | dict(batch=16, lr=1e-3, steps=5000),
     "edm": SMALL_GRID | dict(steps=5000, P_mean=0.0),
     "patch_diffusion": SMALL_GRID | CROPS | dict(steps=5000, P_mean=0.0),
 }

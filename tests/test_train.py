@@ -128,7 +128,7 @@ def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
     saved = read("runs/pdm")
     assert saved["method"] == "pdm"
     assert saved["config"]["patch"] == (2,)
-    assert saved["config"]["lr"] == 1.5e-3
+    assert saved["config"]["lr"] == 1e-3
     assert saved["shape"] == [3, 8, 8]
     assert saved["classes"] == ["0", "1", "2"]
     assert saved["step"] == 3
