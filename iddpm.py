@@ -189,8 +189,14 @@ class LossAwareSampler(nn.Module):
         i = of_all_processes(t.flatten() - 1)
         loss = of_all_processes(loss)
         history = self.losses.shape[1]
-        before = (i[:, None] == i).tril(-1).sum(1)  # how often this t came earlier in the batch
-        self.losses[i, (self.count[i] + before) % history] = loss.float()
+        same_t = i[:, None] == i                                        # (B, B)
+        before = same_t.tril(-1).sum(1)  # how often this t came earlier in the batch
+        place = (self.count[i] + before) % history
+        # Of several for one place the last: a GPU writes them in no order
+        rivals = same_t & (place[:, None] == place)
+        order = torch.arange(len(i), device=i.device)
+        last = (rivals * order).amax(1)
+        self.losses[i, place] = loss[last].float()
         self.count.index_add_(0, i, torch.ones_like(i))
 
 

@@ -37,7 +37,7 @@ EQUIVALENT = {
     ],
     "iddpm": [
         (
-            "before = (i[:, None] == i).tril(-1).sum(1)",
+            "before = same_t.tril(-1).sum(1)",
             "1 -> 0",
             "every ring is filled from its second place on",
         ),

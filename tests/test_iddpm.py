@@ -20,6 +20,7 @@ from helpers import (
     watched,
     zero_net,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iddpm import IDDPM, LossAwareSampler, cosine_betas, space_timesteps
 
@@ -336,6 +337,28 @@ def test_the_last_ten_losses_count_however_often_a_step_comes_in_a_batch():
     last_ten = torch.arange(seen - 10, seen).double() ** 2
     root_mean_square = torch.stack([last_ten.square().mean().sqrt(), tensor(300.0)])
     close(sampler.probabilities(), by_size(root_mean_square), rtol=1e-5, what="p_t")
+
+
+class Backwards(TorchDispatchMode):
+    """Values for several places are written from the last to the first, as a GPU may."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_put_.default:
+            x, indices, values, *rest = args
+            args = (x, [i.flip(0) for i in indices], values.flip(0), *rest)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.function("iddpm", "LossAwareSampler.update")
+def test_the_last_ten_losses_count_in_whatever_order_a_gpu_writes_them():
+    t = torch.tensor([1, 1, 2]).repeat(9)
+    loss = torch.arange(27.0)
+    sampler = LossAwareSampler(2)
+    sampler.update(t[:4], loss[:4])
+    with Backwards():
+        sampler.update(t, loss)
+    equal(sampler.losses[0].sort().values, loss[t == 1][-10:], what="the losses kept of t = 1")
+    equal(sampler.losses[1].sort().values, torch.cat([loss[2:3], loss[t == 2]]))
 
 
 @pytest.mark.function("iddpm", "LossAwareSampler.update", "of_all_processes")
