@@ -24,7 +24,7 @@ def pick(name=None):
     if name.startswith("cuda:") and world() > 1:
         raise UserError(f"{name} is one GPU for {world()} processes: give --device cuda")
     if name == "cuda" and world() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{local_rank()}"
     try:
         torch.empty(0, device=name)
         if name.startswith("cuda:"):
@@ -33,6 +33,15 @@ def pick(name=None):
         first_line = str(error).splitlines()[0]
         raise UserError(f"no device {name} here: {first_line}") from None
     return torch.device(name)
+
+
+def local_rank():
+    """This process's number on its machine; every one there says so where GPUs are too few."""
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count()
+    if gpus < processes:
+        raise UserError(f"{processes} processes for {gpus} GPUs: lower --nproc_per_node")
+    return int(os.environ["LOCAL_RANK"])
 
 
 def first_there():

@@ -56,7 +56,7 @@ def in_torchrun(main, line, environment):
 def run(main, line, processes=2):
     """Exit codes of the processes, each in the environment that torchrun gives it."""
     shared = dict(TORCHELASTIC_RUN_ID="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(processes))
-    shared["MASTER_PORT"] = str(free_port())
+    shared |= dict(MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE=str(processes))
     children = []
     for rank in range(processes):
         child = os.fork()
@@ -146,6 +146,12 @@ def test_only_the_first_process_speaks_and_all_end_with_its_code():
 def test_one_gpu_is_not_given_to_two_processes():
     assert run(train.main, f"--method pdm {SMALL} --device cuda:0") == [2, 2]
     assert text("err0") == "error: cuda:0 is one GPU for 2 processes: give --device cuda\n"
+
+
+def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert run(train.main, f"--method pdm {SMALL} --device cuda") == [2, 2]
+    assert text("err0") == "error: 2 processes for 1 GPUs: lower --nproc_per_node\n"
 
 
 def test_a_stop_asked_of_one_process_stops_both_after_the_same_step(monkeypatch):
