@@ -15,7 +15,7 @@ from tqdm import tqdm
 from unet import Guided
 
 from .device import rank, seeded_noise, world
-from .flags import UserError
+from .flags import UserError, lacks_memory
 
 MOST_FRAMES = 60  # of a chain, in an animation or on a page
 
@@ -157,7 +157,7 @@ def share_of(n):
 def in_batches(function, n, batch):
     """(n, ...) on the CPU, of function(indices) over 0..n-1, `batch` at a time.
 
-    Fewer where a GPU's memory is short. Every process works on its share and gets the whole.
+    Fewer where memory is short. Every process works on its share and gets the whole.
     """
     share = share_of(n)
     parts = []
@@ -165,13 +165,16 @@ def in_batches(function, n, batch):
     while done < len(share):
         try:
             parts.append(function(share[done : done + batch]))
-        except torch.cuda.OutOfMemoryError:
-            if batch == 1:
-                advice = "not one image fits in the GPU's memory: try --device cpu"
-                raise UserError(advice) from None
-            batch = batch // 2
+            done += batch
             continue
-        done += batch
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            if batch == 1:
+                advice = "not one image fits in memory: try a smaller --size, or --device cpu"
+                raise UserError(advice) from None
+        batch = batch // 2
+        torch.cuda.empty_cache()  # cuDNN and cuBLAS take theirs from what it leaves
     part = torch.cat(parts)
     if world() == 1:
         return part

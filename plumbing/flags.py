@@ -83,13 +83,18 @@ def explanation(error):
     first_line = text.splitlines()[0]
     if isinstance(error, UserError):
         return " ".join(text.splitlines())
-    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+    if lacks_memory(error):
         return f"too little memory: lower --batch, or raise --accumulate ({first_line[:100]})"
     if isinstance(error, OSError):
         return first_line
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile does not work here, give --no-compile: {first_line}"
     return None
+
+
+def lacks_memory(error):
+    """Whether memory is short, in the words of torch, cuDNN, cuBLAS or Python."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def terminated(number, frame):

@@ -396,22 +396,42 @@ def test_latents_come_out_as_numbers_that_are_not_clipped(draw):
 # A GPU's memory
 
 
-def test_batches_are_halved_where_memory_is_short():
+SHORT = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", SHORT)
+def test_batches_are_halved_where_memory_is_short(error):
     sizes = []
 
     def at_most_three(indices):
         sizes.append(len(indices))
         if len(indices) > 3:
-            raise torch.cuda.OutOfMemoryError
+            raise error
         return torch.tensor(indices)
 
     assert drawing.in_batches(at_most_three, 10, 8).tolist() == list(range(10))
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
 
 
+def test_a_bug_is_not_taken_for_a_lack_of_memory():
+    sizes = []
+
+    def wrong(indices):
+        sizes.append(len(indices))
+        raise RuntimeError("The size of tensor a (3) must match")
+
+    with pytest.raises(RuntimeError, match="must match"):
+        drawing.in_batches(wrong, 10, 8)
+    assert sizes == [8]
+
+
 def test_no_batch_is_halved_into_nothing():
     def never(indices):
-        raise torch.cuda.OutOfMemoryError
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     with pytest.raises(UserError, match="--device cpu"):
         drawing.in_batches(never, 10, 8)
