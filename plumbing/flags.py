@@ -32,6 +32,7 @@ OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # cuDNN from 9.0 on
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "Storage size calculation overflowed",
 )

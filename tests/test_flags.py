@@ -188,6 +188,7 @@ class BackendFailed(RuntimeError):
         (RuntimeError("CUDA out of memory. Tried"), "too little memory"),
         (RuntimeError("x DefaultCPUAllocator: can't allocate memory: y"), "too little memory"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "too little memory"),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "too little"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "too little memory"),
         (RuntimeError("Storage size calculation overflowed with"), "too little memory"),
         (BackendFailed("no compiler\ntrace"), "give --no-compile: no compiler"),

@@ -399,6 +399,7 @@ def test_latents_come_out_as_numbers_that_are_not_clipped(draw):
 SHORT = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
