@@ -13,6 +13,7 @@ import evaluate
 import sample
 import train
 from plumbing import contract, flags
+from plumbing import device as devices
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 BLANK = 77  # exit code of a process that met a blank of the course's
@@ -152,6 +153,21 @@ def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert run(train.main, f"--method pdm {SMALL} --device cuda") == [2, 2]
     assert text("err0") == "error: 2 processes for 1 GPUs: lower --nproc_per_node\n"
+
+
+def test_images_lie_on_the_gpus_of_all_processes_or_of_none(monkeypatch):
+    def room_on_the_first(device):
+        return (10_000 if os.environ["RANK"] == "0" else 200, 10**6)
+
+    def main(argv):
+        devices.join()
+        images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        fit = devices.images_fit(images, torch.device("cuda"))
+        Path(f"fit{devices.rank()}").write_text(str(fit))
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", room_on_the_first)
+    assert run(main, "") == [0, 0]
+    assert text("fit0") == text("fit1") == "False"
 
 
 def test_a_stop_asked_of_one_process_stops_both_after_the_same_step(monkeypatch):
