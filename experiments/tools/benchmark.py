@@ -251,10 +251,10 @@ def exponents(rows):
     return lines
 
 
-def peak(device):
-    """FLOP/s of a large fp32 matrix product, the best of five."""
-    side = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(side, side, device=device)
+def peak(device, dtype=torch.float32):
+    """FLOP/s of a large matrix product, the best of five."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
         start = timers.clock(device)

@@ -137,5 +137,9 @@ class PeerStep:
         for step in range(steps + 2):
             if step == 2:
                 start = clock(self.device)
-            plain_step(self.loss, self.net, self.optimizer, x)
+            plain_step(self.loss_in_precision, self.net, self.optimizer, x)
         return self.case.batch * steps / (clock(self.device) - start)
+
+    def loss_in_precision(self, x):
+        with devices.autocast(self.device, self.case.precision):
+            return self.loss(x)
