@@ -1,8 +1,10 @@
 """The scripts of experiments/, each run in this process with tiny numbers."""
 import csv
 import importlib
+import json
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,8 @@ CLAIMS = [
     "edm_trajectories",
 ]
 TOOLS = sorted(path.stem for path in (HERE / "experiments/tools").glob("*.py"))
-TOOLS = [f"tools.{name}" for name in TOOLS if name not in ("peers", "timers")]
+HELPERS = ("peers", "timers", "gpu_parts", "gpu_tools")
+TOOLS = [f"tools.{name}" for name in TOOLS if name not in HELPERS]
 
 TINY = "--width 8 --mults 1 --attention 0 --grid 1 --batch 4"
 TINY_PDM = "--width 8 --mults 1 --grid 1 --batch 4 --T 22"
@@ -206,6 +209,8 @@ REFUSED = [
     ("tools.benchmark", "--repeats 0"),
     ("tools.kill", "--kills 0"),
     ("tools.unet_shapes", "--threads 0"),
+    ("tools.gpu", "--minutes 0"),
+    ("tools.gpu", "--part speed nonsense"),
 ]
 
 
@@ -432,6 +437,82 @@ def test_a_benchmark_gives_speeds_and_ratios(run, tmp_path):
     assert float(row["ratio"]) > 0
     assert (tmp_path / "it/benchmark.json").exists()
     assert "wrote it/benchmark.txt" in out
+
+
+def test_a_part_for_the_gpu_goes_on_where_its_time_was_up(run, tmp_path):
+    line = "--part speed cifar --tiny --device cpu --limit 0.001 --out it"
+    path = tmp_path / "it/speed.json"
+    tables = []
+    for _ in range(2):  # each call has the time to begin one measurement, or two
+        code, out, err = run("tools.gpu", line)
+        assert code == 0, err
+        assert "no time left" in out
+        assert "cifar: left out" in out
+        tables.append(json.loads(path.read_text())["rows"])
+    (first,) = tables[0]
+    assert first["what"] == "ddpm fp32 channels_last eager, batch 4, width 8"
+    assert first["images_per_s"] > 0
+    assert 0 < first["share_of_peak"] < 1
+    again, second, *_ = tables[1]
+    assert again == first
+    assert "tf32" in second["what"]
+    assert second == second | dict(images_per_s=None, idle=None, memory_mb=None)
+    assert "memory_mb -, " in path.with_suffix(".txt").read_text()
+    code, _, err = run("tools.gpu", line.replace("--tiny ", ""))
+    assert code == 2
+    assert "choose another --out" in err
+
+
+def test_a_measurement_that_fails_is_written_down_and_tried_again(run, tmp_path):
+    from experiments.tools.gpu_tools import Report
+
+    calls = []
+
+    def fails():
+        calls.append("fails")
+        raise SystemExit("what went wrong")
+
+    def works():
+        calls.append("works")
+        return dict(seconds=1.0)
+
+    for _ in range(2):
+        report = Report(tmp_path, "part", "a machine")
+        report.measure("a", fails)
+        report.measure("b", works)
+    assert calls == ["fails", "works", "fails"]
+    works, fails = json.loads((tmp_path / "part.json").read_text())["rows"]
+    assert fails["failed"] == "SystemExit: what went wrong"
+    assert works["seconds"] == 1.0
+    assert "in fails" in (tmp_path / "part-errors.txt").read_text()
+
+
+def test_each_precision_rounds_as_it_says_and_leaves_torch_as_it_was(run):
+    from experiments.tools.gpu_tools import rounding
+
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [setting.allow_tf32 for setting in settings]
+    for precision, expected in dict(fp32=[False] * 2, tf32=[True] * 2, bf16=before).items():
+        with rounding(precision):
+            assert [setting.allow_tf32 for setting in settings] == expected
+        assert [setting.allow_tf32 for setting in settings] == before
+
+
+def test_what_overlaps_is_counted_once(run):
+    from experiments.tools.gpu_tools import busy, union
+
+    assert union([(5, 7), (0, 3), (1, 2), (2, 4), (7, 8)]) == 7
+    assert union([]) == 0
+    x = torch.randn(64, 64)
+
+    def work():
+        for _ in range(100):
+            x @ x
+        time.sleep(0.2)
+
+    started = time.perf_counter()
+    worked = busy(work, "cpu")
+    assert 0 < worked < time.perf_counter() - started - 0.2
 
 
 def test_shapes_of_a_network_are_trained_in_turns(run, tmp_path):
