@@ -43,16 +43,17 @@ METHODS = {
     "patch_diffusion": PatchDiffusion,
 }
 
-# What a run on a CPU wants instead of the signatures' defaults; experiments/choices.md.
-SMALL_GRID = dict(width=24, mults=(1, 2, 3, 4), attention=(3,), lr=1e-3, decay=1000)
-CROPS = dict(width=32, mults=(1, 2, 4), attention=(2,))  # 16x16 has crops of 4x4, halved twice
-BOLD = dict(data="digits64", mults=(1, 2, 2), attention=(2,), decay=0, cooldown=2500)
+# What five minutes of two cores want, not the signatures' defaults: experiments/choices.md
+SHORT = dict(batch=16, lr=1e-3, decay=0, steps=6000, cooldown=3000)
+DEEP = SHORT | dict(width=24, mults=(1, 2, 3, 4), attention=(3,))
+CROPS = SHORT | dict(width=32, mults=(1, 2, 4), attention=(2,))  # of 4x4 and more: halved twice
+PATCHES = SHORT | dict(data="digits64", mults=(1, 2, 2), attention=(2,))
 SMALL_RUN = {
-    "ddpm": SMALL_GRID | dict(steps=7000),
-    "iddpm": SMALL_GRID | dict(steps=7000),
-    "pdm": BOLD | dict(batch=16, lr=1e-3, steps=5000),
-    "edm": SMALL_GRID | dict(steps=5000, P_mean=0.0),
-    "patch_diffusion": SMALL_GRID | CROPS | dict(steps=5000, P_mean=0.0),
+    "ddpm": DEEP,
+    "iddpm": DEEP,
+    "pdm": PATCHES | dict(steps=5000, cooldown=2500),
+    "edm": DEEP | dict(P_mean=0.0),
+    "patch_diffusion": CROPS | dict(P_mean=0.0),
 }
 
 VERSION = 4  # of the layout below

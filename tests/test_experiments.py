@@ -34,7 +34,7 @@ HELPERS = ("peers", "timers", "gpu_parts", "gpu_tools")
 TOOLS = [f"tools.{name}" for name in TOOLS if name not in HELPERS]
 
 TINY = "--width 8 --mults 1 --attention 0 --grid 1 --batch 4"
-TINY_PDM = "--width 8 --mults 1 --grid 1 --batch 4 --T 22"
+TINY_PDM = "--width 8 --mults 1 --attention --grid 1 --batch 4 --T 22"
 # Each claim's command, its flags for train.py, and some of what it writes
 COMMANDS = {
     "ddpm_loss": (
@@ -93,7 +93,7 @@ COMMANDS = {
         "patch_diffusion_finetune-set-8.csv patch_diffusion_finetune-set-8-grid.png",
     ),
 }
-ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --batch 2 --T 22"
+ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --attention --batch 2 --T 22"
 
 
 @pytest.fixture
@@ -518,7 +518,7 @@ def test_what_overlaps_is_counted_once(run):
 def test_shapes_of_a_network_are_trained_in_turns(run, tmp_path):
     write_images()
     line = "--method pdm --data set.npy --size 16 --seconds 0.05 --turn 0.02 --device cpu"
-    shapes = "--shapes 'width=8 mults=1,' 'even width=8 mults=1,2'"
+    shapes = "--shapes 'width=8 mults=1, attention=()' 'even width=8 mults=1,2 attention=()'"
     code, _, err = run("tools.unet_shapes", f"{line} {shapes} --out it")
     assert code == 0, err
     lean, even = rows_of(tmp_path / "it/unet_shapes.csv")
