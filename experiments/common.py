@@ -9,6 +9,7 @@ from plumbing.drawing import check_range, make_folder
 from plumbing.flags import UserError
 
 MOST = 10**7  # of anything that is counted
+TWO_LEVELS = "--mults 1 2 --attention"  # a grid of patches may be 2x2
 
 
 class Setup(NamedTuple):
@@ -84,8 +85,8 @@ def train_once(setup, name, flags):
     path = run / "ckpt.pt"
     about = run / "flags.txt"
     every = min(setup.steps, 5000)
-    line = f"--steps {setup.steps} --every {every} --grid 16 --size {setup.size} {flags}"
-    words = [*shlex.split(f"{line} {setup.flags}"), "--data", setup.data]
+    line = f"--steps {setup.steps} --batch 32 --every {every} --grid 16 --size {setup.size}"
+    words = [*shlex.split(f"{line} {flags} {setup.flags}"), "--data", setup.data]
     asked = shlex.join(words)
     if path.exists():
         before = about.read_text(encoding="utf-8") if about.exists() else "of unknown flags"

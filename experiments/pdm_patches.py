@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.common import Setup, check_counts, choose, prepare
+from experiments.common import TWO_LEVELS, Setup, check_counts, choose, prepare
 from experiments.costs import costs_of
 from experiments.judge import measure
 from experiments.report import claim, write, write_results
@@ -53,7 +53,7 @@ def pdm_patches(
     else:
         results = {}
         for P in patches:
-            words = f"--method pdm --patch {P}"
+            words = f"--method pdm {TWO_LEVELS} --patch {P}"
             results[P] = measure(setup, f"{setup.stem}-P{P}", words, chain)
             distances[P] = results[P].drawn.frechet
         table = setup.out / f"pdm_patches-{setup.stem}.csv"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.common import Setup, check_counts, choose, prepare
+from experiments.common import TWO_LEVELS, Setup, check_counts, choose, prepare
 from experiments.judge import measure
 from experiments.report import claim, write_results
 from plumbing.flags import run, script
@@ -52,7 +52,8 @@ def pdm_targets(
     results = []
     for row in rows:
         name = "{}-P{P}-{predict}-{weight}-{}".format(setup.stem, schedule, **row)
-        words = "--method pdm --patch {P} --predict {predict} --weight {weight}".format(**row)
+        words = f"--method pdm {TWO_LEVELS} "
+        words += "--patch {P} --predict {predict} --weight {weight}".format(**row)
         results.append(measure(setup, name, f"{words} --schedule {schedule}", chain))
     table = setup.out / f"pdm_targets-{setup.stem}-{schedule}.csv"
     write_results(table, rows, results, f"{n} samples in {chain} steps")
