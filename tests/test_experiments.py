@@ -266,7 +266,7 @@ def test_an_interrupted_run_goes_on_and_another_one_is_refused(run, tmp_path):
     path = train_once(half, "a", ONE_RUN)
     about = path.parent / "flags.txt"
     asked = about.read_text()
-    about.write_text(asked.replace("--steps 2 --every 2", "--steps 4 --every 4"))
+    about.write_text(asked.replace("--steps 2", "--steps 4").replace("--every 2", "--every 4"))
     whole = half._replace(steps=4)
     assert train_once(whole, "a", ONE_RUN) == path
     assert checkpoint.read(path)["step"] == 4
