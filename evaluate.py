@@ -52,6 +52,7 @@ class Data(NamedTuple):
 def evaluate(
     path,
     options,
+    saved=None,
     *,
     nll: bool = False,  # bits/dim of held-out images; --steps shortens the chain
     error: bool = False,  # error by noise level; what is measured if nothing is named
@@ -70,13 +71,14 @@ def evaluate(
 ):
     """Measure what is asked for, print it, write it to out/report.json and return it.
 
-    Raises UserError for what cannot be, before any work.
+    saved: the checkpoint, where it has been read. Raises UserError for what cannot be, before
+    any work.
     """
     error = error or not (nll or frechet or nearest)
     check_range("n", n, 2 if frechet else 1, 10**6)
     check_range("batch", batch, 1, 10**6)
     check_range("seed", seed, 0, 2**63)
-    method, saved = checkpoint.load(path, ema=not raw, device=device)
+    method, saved = checkpoint.load(path, ema=not raw, device=device, saved=saved)
     where = next(method.parameters()).device
     out = Path(out) if out is not None else drawing.run_folder(path) / "evaluation"
     earlier = read_report(out / "report.json", saved)
@@ -419,8 +421,8 @@ def write_report(path, earlier, results):
 
 def main(argv):
     join()
-    path, options, given = parse(argv, evaluate, __doc__, "evaluate.py")
-    evaluate(path, options, **given)
+    path, saved, options, given = parse(argv, evaluate, __doc__, "evaluate.py")
+    evaluate(path, options, saved, **given)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ REPLACED = {
 def sample(
     path,
     options,
+    saved=None,
     *,
     sampler: Literal["own", "heun", "euler", "churn"] = "own",  # the method's, or one of EDM's
     n: int | None = None,  # images; default 64, 8 in several rows and in a GIF, 1 in a strip
@@ -71,14 +72,16 @@ def sample(
 ):
     """Write what `sampler` draws under its `options` (a dict); the path that was written.
 
-    Raises UserError for what cannot be, before any work.
+    saved: the checkpoint, where it has been read. Raises UserError for what cannot be, before
+    any work.
     """
     kind = kind_of_rows(class_, guidance, compare, gif, strip)
     if html is not None:
         kind, out = as_page(kind, html, out)
     keys = drawing.keys_of(seed, seeds, n, DEFAULT_N[kind])
     check_range("batch", batch, 1, 10**6)
-    loaded = [(p, *checkpoint.load(p, ema=not raw, device=device)) for p in (path, *compare)]
+    loaded = [(path, *checkpoint.load(path, ema=not raw, device=device, saved=saved))]
+    loaded += [(p, *checkpoint.load(p, ema=not raw, device=device)) for p in compare]
     rows = rows_of(loaded, class_, guidance, len(keys))
     shape = canvas(loaded, size, len(keys) * len(rows))
     most = page.most_frames(shape, len(keys) * len(rows)) if html else drawing.MOST_FRAMES
@@ -287,7 +290,9 @@ def write(drawn, rows, numbers, out):
 # The command line
 
 def parse(argv, function, doc, program):
-    """(run, the sampler's options, the arguments of `function`) that a command line names."""
+    """What a command line names: (run, its checkpoint, the sampler's options, the arguments of
+    `function`).
+    """
     asks_help = not argv or argv[0] in ("-h", "--help")
     if not asks_help and argv[0].startswith("-"):
         raise UserError(f"the run comes first: python {program} runs/pdm [flags]")
@@ -300,7 +305,8 @@ def parse(argv, function, doc, program):
         parser.print_help()
         sys.exit()
 
-    method = checkpoint.read(argv[0])["method"]
+    saved = checkpoint.read(argv[0])
+    method = saved["method"]
     own = checkpoint.METHODS[method].sample
     used, other = (own, ode_sample) if sampler == "own" else (ode_sample, own)
     needed = "heun, euler or churn" if sampler == "own" else "own"
@@ -309,13 +315,14 @@ def parse(argv, function, doc, program):
     hints |= {name: f"--{name} goes with --sampler {needed}" for name in flags_of(other)}
     given = parser.parse(argv[1:], hints)
     options = {name: value for name, value in given.items() if name not in names}
-    return argv[0], options, {name: given[name] for name in given if name in names}
+    arguments = {name: value for name, value in given.items() if name in names}
+    return argv[0], saved, options, arguments
 
 
 def main(argv):
     join()
-    path, options, given = parse(argv, sample, __doc__, "sample.py")
-    sample(path, options, **given)
+    path, saved, options, given = parse(argv, sample, __doc__, "sample.py")
+    sample(path, options, saved, **given)
 
 
 if __name__ == "__main__":

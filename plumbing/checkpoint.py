@@ -43,7 +43,7 @@ METHODS = {
     "patch_diffusion": PatchDiffusion,
 }
 
-# What five minutes of two cores want, not the signatures' defaults: experiments/choices.md
+# What minutes on a CPU want, not the signatures' defaults: experiments/choices.md
 SHORT = dict(batch=16, lr=1e-3, decay=0, steps=6000, cooldown=3000)
 DEEP = SHORT | dict(width=24, mults=(1, 2, 3, 4), attention=(3,))
 CROPS = SHORT | dict(width=32, mults=(1, 2, 4), attention=(2,))  # of 4x4 and more: halved twice
@@ -231,14 +231,14 @@ def tensors_of(tree):
 
 # Reading
 
-def load(path, *, ema=True, device=None):
+def load(path, *, ema=True, device=None, saved=None):
     """(method, checkpoint): the averaged weights, or the raw ones, of a file or a run's folder.
 
-    The method is on the device, in eval mode, without gradients. UserError for what `read`
-    refuses and for a device that is not here.
+    The method is on the device, in eval mode, without gradients. saved: what `read` gave, where
+    it has been read. UserError for what `read` refuses and for a device that is not here.
     """
     device = devices.pick(device)
-    checkpoint = read(path)
+    checkpoint = read(path) if saved is None else saved
     method = build(checkpoint)
     weights = checkpoint["ema"] if ema else checkpoint["model"]
     method.load_state_dict(weights)
