@@ -1,8 +1,9 @@
 """The example of docs/add_a_paper.md, in a copy of the project, through every command."""
-import os
+import contextlib
+import importlib
+import io
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 HERE = Path(__file__).parent.parent
 TRAIN = (
     "train --method {} --out {} --steps {} --data set.npz --conditional --width 8 --mults 1 "
-    "--attention 0 --batch 8 --grid 1 --device cpu"
+    "--batch 8 --grid 1 --device cpu"
 )
 # What is done with the example, by name; each line is a command's name and its words.
 COMMANDS = {
@@ -52,22 +53,6 @@ FAULTS = {
     "no range of levels": ("sigma_max = math.inf", "pass", "no sigma_max"),
     "a denoiser of another shape": (", y)).to(x.dtype)", ", y)).mean(1)", "shape of x"),
 }
-DRIVER = """
-import sys
-import edit, evaluate, sample, train
-commands = dict(edit=edit, evaluate=evaluate, sample=sample, train=train)
-for line in sys.stdin.read().splitlines():
-    name, words = line.split("\\t")
-    command, *argv = words.split()
-    print(f"== {name}")
-    try:
-        commands[command].main(argv)
-        print("done")
-    except SystemExit:
-        print("done")
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}")
-"""
 
 
 def example():
@@ -91,18 +76,48 @@ def run_in_copy(folder, papers, commands):
         text = text.replace("METHODS = {", start)
     listing.write_text(text, encoding="utf-8")
     tiny.write_set(folder / "set.npz")
-    lines = "\n".join(f"{name}\t{line}" for name, line in commands.items())
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=lines,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(folder)),
-    )
-    assert done.returncode == 0, done.stderr
-    parts = re.split(r"^== (.*)\n", done.stdout, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2]))
+    with pytest.MonkeyPatch.context() as patch, imported_from(folder):
+        patch.chdir(folder)
+        return {name: run(*line.split()) for name, line in commands.items()}
+
+
+@contextlib.contextmanager
+def imported_from(folder):
+    """While it is open, the project's modules are imported anew, from a copy in this folder."""
+    names = {file.stem for file in folder.glob("*.py")} | {"plumbing"}
+    kept = {name: sys.modules[name] for name in of_project(names)}
+    forget(kept)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        forget(of_project(names))
+        sys.modules.update(kept)
+
+
+def of_project(names):
+    """The modules that are imported of files and packages with these names."""
+    return [name for name in sys.modules if name.partition(".")[0] in names]
+
+
+def forget(names):
+    for name in names:
+        del sys.modules[name]
+
+
+def run(command, *argv):
+    """What a command prints, and in the end "done", or the error."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            importlib.import_module(command).main(argv)
+            print("done")
+        except SystemExit:
+            print("done")
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")

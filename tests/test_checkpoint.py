@@ -1,13 +1,11 @@
 import contextlib
 import copy
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import HERE
 
 from plumbing import checkpoint
 from plumbing.checkpoint import METHODS
@@ -16,7 +14,7 @@ from plumbing.device import to_device
 from plumbing.flags import UserError
 
 CPU = torch.device("cpu")
-CONFIG = dict(width=8, mults=(1,), attention=(0,), T=4, schedule="cosine")
+CONFIG = dict(width=8, mults=(1,), attention=(), T=4, schedule="cosine")
 CONFIG |= dict(data="digits", overfit=0)
 ROW = dict(images=2, seconds=1.0)  # a row of the log
 
@@ -62,10 +60,22 @@ def written(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def as_read(written):
+    return checkpoint.read(written)
+
+
 @pytest.fixture
 def run(tmp_path, written):
+    """A folder with that checkpoint."""
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+@pytest.fixture
+def saved(as_read):
+    """What is in it, to change and write again."""
+    return copy.deepcopy(as_read)
 
 
 def resave(run, changed):
@@ -226,15 +236,15 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def lock_and_die(folder):
+    with checkpoint.locked(folder):
+        os.kill(os.getpid(), 9)
+
+
 def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path):
-    program = f"""
-import os, pathlib, signal
-from plumbing import checkpoint
-with checkpoint.locked(pathlib.Path({str(tmp_path)!r})):
-    os.kill(os.getpid(), 9)
-"""
-    environment = dict(os.environ, PYTHONPATH=str(HERE.parent))
-    subprocess.run([sys.executable, "-c", program], env=environment)
+    process = multiprocessing.Process(target=lock_and_die, args=(tmp_path,))
+    process.start()
+    process.join()
     assert os.listdir(tmp_path) == ["ckpt.lock"]
     with checkpoint.locked(tmp_path):
         pass
@@ -242,8 +252,7 @@ with checkpoint.locked(pathlib.Path({str(tmp_path)!r})):
 
 # Reading what is no checkpoint
 
-def test_load_refuses_what_read_refuses(run):
-    saved = torch.load(run / "ckpt.pt")
+def test_load_refuses_what_read_refuses(run, saved):
     torch.save(saved | dict(shape=[3, 8]), run / "ckpt.pt")
     with pytest.raises(UserError, match="no image has the shape"):
         checkpoint.load(run, device="cpu")
@@ -274,14 +283,13 @@ def test_foreign_and_broken_files_are_refused(run, name, write):
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 5])
-def test_another_layout_is_refused_with_its_number(run, version):
-    resave(run, checkpoint.read(run) | dict(version=version))
+def test_another_layout_is_refused_with_its_number(run, saved, version):
+    resave(run, saved | dict(version=version))
     assert f"has layout {version}; this version reads layout 4" in refused(run / "ckpt.pt")
 
 
 @pytest.mark.parametrize("name", checkpoint.LAYOUT)
-def test_each_key_must_be_there_and_of_its_type(run, name):
-    saved = torch.load(run / "ckpt.pt")
+def test_each_key_must_be_there_and_of_its_type(run, saved, name):
     torch.save(saved | {name: ("x",)}, run / "ckpt.pt")
     refused(run / "ckpt.pt")
     del saved[name]
@@ -311,8 +319,8 @@ def test_each_key_must_be_there_and_of_its_type(run, name):
         dict(sizes={"8": 1}),
     ],
 )
-def test_values_that_training_does_not_write_are_refused(run, changes):
-    resave(run, checkpoint.read(run) | changes)
+def test_values_that_training_does_not_write_are_refused(run, saved, changes):
+    resave(run, saved | changes)
     refused(run / "ckpt.pt")
 
 
@@ -338,8 +346,7 @@ def test_values_that_training_does_not_write_are_refused(run, changes):
         dict(overfit="some"),
     ],
 )
-def test_flags_that_cannot_be_are_refused_before_memory_is_asked_for(run, changes):
-    saved = checkpoint.read(run)
+def test_flags_that_cannot_be_are_refused_before_memory_is_asked_for(run, saved, changes):
     resave(run, saved | dict(config=saved["config"] | changes))
     refused(run / "ckpt.pt")
 
@@ -378,8 +385,7 @@ WRONG += [without_numbers]
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("part", ["model", "ema", "exp_avg", "exp_avg_sq"])
-def test_tensors_of_another_shape_type_or_layout_are_refused(run, part, wrong):
-    saved = checkpoint.read(run)
+def test_tensors_of_another_shape_type_or_layout_are_refused(run, saved, part, wrong):
     if part in ("model", "ema"):
         saved[part]["net.conv_in.weight"] = wrong(saved[part]["net.conv_in.weight"])
     else:
@@ -404,8 +410,7 @@ def with_a_long_step(optimizer):
 @pytest.mark.parametrize(
     "change", [without_a_moment, with_another_weight, with_a_long_step, dict.clear]
 )
-def test_an_optimizer_of_other_weights_is_refused(run, change):
-    saved = checkpoint.read(run)
+def test_an_optimizer_of_other_weights_is_refused(run, saved, change):
     change(saved["optimizer"])
     resave(run, saved)
     if change is dict.clear:  # as after a step in which nothing was trained
@@ -414,8 +419,7 @@ def test_an_optimizer_of_other_weights_is_refused(run, change):
         refused(run / "ckpt.pt")
 
 
-def test_names_that_are_missing_or_too_many_are_refused(run):
-    saved = checkpoint.read(run)
+def test_names_that_are_missing_or_too_many_are_refused(run, saved):
     for names in (["net.conv_in.weight"], []):
         weights = copy.copy(saved["ema"])
         for name in names:
@@ -428,17 +432,16 @@ def test_names_that_are_missing_or_too_many_are_refused(run):
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
 @pytest.mark.parametrize("value", [float("nan"), 0.125])
-def test_changed_tensors_are_noticed_by_their_checksum(run, part, value):
-    saved = checkpoint.read(run)
+def test_changed_tensors_are_noticed_by_their_checksum(run, saved, part, value):
     tensors = [tensor for _, tensor in checkpoint.tensors_of(saved[part])]
     tensors[0].view(-1)[0] = value
     torch.save(saved, run / "ckpt.pt")
     assert "is damaged" in refused(run / "ckpt.pt")
 
 
-def test_a_flipped_bit_anywhere_among_the_weights_is_noticed(run):
+def test_a_flipped_bit_anywhere_among_the_weights_is_noticed(run, saved):
     whole = bytearray((run / "ckpt.pt").read_bytes())
-    weight = checkpoint.read(run)["model"]["net.conv_in.weight"]
+    weight = saved["model"]["net.conv_in.weight"]
     memory = weight.permute(0, 2, 3, 1).contiguous().numpy().tobytes()
     whole[whole.index(memory) + 100] ^= 1
     (run / "ckpt.pt").write_bytes(whole)

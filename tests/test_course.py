@@ -1,5 +1,6 @@
 """What teachers run: assignments, grades, mutants, and the tables of COURSE.md."""
 import ast
+import functools
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from explain import ROOT, equal, holds
 from course import assignment, equivalent, grade, index, mutants, trial
 
 COURSE = (ROOT / "COURSE.md").read_text(encoding="utf-8")
+graded = functools.cache(index.graded)
+functions = functools.cache(index.functions)
 SIXTH = '''"""A line through the images.  Nobody, 2024.  arXiv:2401.00001"""
 
 
@@ -61,14 +64,14 @@ def test_every_paper_has_functions_worth_assigning():
 
 @pytest.mark.parametrize("paper, names, cell", tables())
 def test_a_function_worth_assigning_is_short_and_graded(paper, names, cell):
-    graded = index.graded(paper)
     for name in names:
         function = index.find(ROOT / f"{paper}.py", name)
-        node = index.functions(ROOT / f"{paper}.py")[function]
+        node = functions(ROOT / f"{paper}.py")[function]
         lines = node.end_lineno - node.body[0].end_lineno
         short = lines <= 20 or "lines" in cell
         holds(short, "it has 20 lines at most, or COURSE.md says how many", lines=lines)
-        holds(function in graded, f"tests are marked with {function}", graded=list(graded))
+        known = list(graded(paper))
+        holds(function in known, f"tests are marked with {function}", graded=known)
 
 
 def test_every_assignment_in_the_text_can_be_made():
@@ -85,7 +88,7 @@ def test_every_assignment_in_the_text_can_be_made():
 def test_a_blank_keeps_signature_docstring_tags_and_every_other_line(paper, tmp_path):
     file = ROOT / f"{paper}.py"
     copy = tmp_path / file.name
-    names = list(index.graded(paper))
+    names = list(graded(paper))
     copy.write_text(assignment.blank(file, names), encoding="utf-8")
     ours = index.functions(file)
     blank = index.functions(copy)
@@ -260,11 +263,11 @@ def test_a_function_left_as_it_was_is_not_blamed(tmp_path):
 
 
 def test_a_test_grades_the_functions_that_it_names_or_those_with_its_tags():
-    graded = index.graded("ddpm")
+    tests = graded("ddpm")
     marks = index.marks(ROOT / "tests/test_ddpm.py")
     named = [mark.test for mark in marks if mark.function == "Chain.q_sample"]
-    equal([test for test in named if test not in graded["Chain.q_sample"]], [])
-    elsewhere = [name for name, tests in graded.items() if named[0] in tests]
+    equal([test for test in named if test not in tests["Chain.q_sample"]], [])
+    elsewhere = [name for name, of_name in tests.items() if named[0] in of_name]
     holds("DDPM.ddim" not in elsewhere, "a tag that ddim shares does not count", of=elsewhere)
 
 

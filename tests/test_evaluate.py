@@ -1,6 +1,5 @@
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -262,9 +261,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def command(runs, tmp_path, monkeypatch, capsys):
-    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tiny.Command(monkeypatch, capsys)
+    return tiny.beside(runs, tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -461,26 +458,18 @@ def test_a_foreign_report_is_left_as_it_is(command, kind):
     Path("edm/evaluation").mkdir()
     path = Path("edm/evaluation/report.json")
     path.write_text(text)
-    assert_one_line(command(evaluate, "edm --n 2"), "no report of this command")
+    tiny.assert_one_line(command(evaluate, "edm --n 2"), "no report of this command")
     assert path.read_text() == text
 
 
 def test_the_report_of_another_run_is_left_as_it_is(command):
     command(evaluate, "edm --n 2 --out there")
     before = Path("there/report.json").read_text()
-    assert_one_line(command(evaluate, "ddpm --n 2 --out there"), "another run")
+    tiny.assert_one_line(command(evaluate, "ddpm --n 2 --out there"), "another run")
     assert Path("there/report.json").read_text() == before
 
 
 # Help and mistakes
-
-
-def assert_one_line(result, words):
-    code, _, err = result
-    assert code == 2
-    assert err.startswith("error: ")
-    assert len(err.strip().splitlines()) == 1
-    assert words in err
 
 
 def test_help_lists_the_flags_without_a_run(command):
@@ -518,10 +507,11 @@ def test_help_lists_the_flags_without_a_run(command):
         ("--error", "runs/pdm"),
     ],
 )
-def test_a_mistake_in_evaluating_is_one_line_and_writes_nothing(command, line, words):
-    before = sorted(Path().rglob("*"))
-    assert_one_line(command(evaluate, line), words)
-    assert sorted(Path().rglob("*")) == before
+def test_a_mistake_in_evaluating_is_one_line_and_writes_nothing(
+    runs, monkeypatch, capsys, line, words
+):
+    monkeypatch.chdir(runs)
+    tiny.Command(monkeypatch, capsys).refuses(evaluate, line, words)
 
 
 def test_features_that_are_not_finite_are_refused(command):

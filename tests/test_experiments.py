@@ -33,7 +33,7 @@ TOOLS = sorted(path.stem for path in (HERE / "experiments/tools").glob("*.py"))
 HELPERS = ("peers", "timers", "gpu_parts", "gpu_tools")
 TOOLS = [f"tools.{name}" for name in TOOLS if name not in HELPERS]
 
-TINY = "--width 8 --mults 1 --attention 0 --grid 1 --batch 4"
+TINY = "--width 8 --mults 1 --attention --grid 1 --batch 4"
 TINY_PDM = "--width 8 --mults 1 --attention --grid 1 --batch 4 --T 22"
 # Each claim's command, its flags for train.py, and some of what it writes
 COMMANDS = {
@@ -84,7 +84,7 @@ COMMANDS = {
     ),
     "patch_diffusion_p": (
         "--steps 1 --n 2 --small 3 --batch 2",
-        "--width 8 --mults 1 --attention 0 --grid 1",
+        "--width 8 --mults 1 --attention --grid 1",
         "patch_diffusion_p-set-8.csv patch_diffusion_p-set-8-grid.png",
     ),
     "patch_diffusion_finetune": (
@@ -93,7 +93,7 @@ COMMANDS = {
         "patch_diffusion_finetune-set-8.csv patch_diffusion_finetune-set-8-grid.png",
     ),
 }
-ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --attention --batch 2 --T 22"
+ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --attention --grid 1 --batch 2 --T 4"
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Tags in the papers' files and marks at the tests say the same, and messages lead to them."""
+import functools
 import re
 
 import pytest
@@ -11,11 +12,16 @@ TESTS = {paper: ROOT / "tests" / f"test_{paper}.py" for paper in index.PAPERS}
 LIKE_A_TAG = re.compile(r"(?i)\b(eq|alg|tab|sec|app)[a-z]*\.? *\(?[A-Z]?\d|\beqs\b")
 
 
+@functools.cache
+def asked():
+    """{(paper, tag)} of all marks at the tests of papers."""
+    marks = [mark for tests in TESTS.values() for mark in index.marks(tests)]
+    return {(mark.paper, mark.tag) for mark in marks}
+
+
 @pytest.mark.parametrize("paper", index.PAPERS)
 def test_every_tag_is_asked_for_by_a_test(paper):
-    marks = [mark for tests in TESTS.values() for mark in index.marks(tests)]
-    asked = {(mark.paper, mark.tag) for mark in marks}
-    unasked = [tag for tag in index.tags(FILES[paper]) if (paper, tag.tag) not in asked]
+    unasked = [tag for tag in index.tags(FILES[paper]) if (paper, tag.tag) not in asked()]
     equal(unasked, [], what="tags without a test: @pytest.mark.equation(paper, tag) is missing")
 
 

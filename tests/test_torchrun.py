@@ -4,7 +4,6 @@ import socket
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,7 +17,7 @@ from plumbing import device as devices
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 BLANK = 77  # exit code of a process that met a blank of the course's
 SMALL = (
-    "--width 8 --mults 1 --attention 0 --batch 8 --size 8 --grid 1 --device cpu "
+    "--width 8 --mults 1 --batch 8 --size 8 --grid 1 --device cpu "
     "--precision fp32 --data set.npz --steps 3 --every 3 --warmup 0 --clip_grad 0.1"
 )
 
@@ -26,8 +25,7 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), np.uint8)
-    np.savez("set.npz", images=images, labels=np.arange(60) % 3)
+    tiny.write_set()
 
 
 def free_port():
@@ -97,11 +95,11 @@ def assert_equal_runs(a, b, atol):
 
 
 TRAINED = [
-    "--method ddpm --T 30 --conditional --flip --dropout 0.5",
-    "--method iddpm --T 30",
-    "--method pdm --T 30 --patch 2 --split_snr 1",
-    "--method edm --augment 0.2",
-    "--method patch_diffusion",
+    "--method ddpm --T 22 --attention 0 --conditional --flip --dropout 0.5",
+    "--method iddpm --T 4 --attention",
+    "--method pdm --attention --T 4 --patch 2 --split_snr 1",
+    "--method edm --attention --augment 0.2",
+    "--method patch_diffusion --attention",
 ]
 
 
@@ -115,7 +113,7 @@ def test_two_processes_train_what_accumulate_2_trains_on_one(line):
 
 
 def test_parts_of_a_process_sum_to_its_batch():
-    line = f"--method pdm --T 30 --patch 2 {SMALL}"
+    line = f"--method pdm --attention --T 4 --patch 2 {SMALL}"
     train.main(f"{line} --accumulate 4 --out one".split())
     assert run(train.main, f"{line} --accumulate 2 --out two") == [0, 0]
     assert_equal_runs(read("one"), read("two"), atol=1e-4)  # sums in another order
@@ -129,7 +127,7 @@ def test_with_objective_vlb_both_processes_keep_the_same_history(monkeypatch):
         return held_out_error(method, *rest)
 
     monkeypatch.setattr(train, "held_out_error", remembering)
-    line = f"--method iddpm --objective vlb --T 4 {SMALL} --steps 8 --every 8"
+    line = f"--method iddpm --attention --objective vlb --T 4 {SMALL} --steps 8 --every 8"
     assert run(train.main, f"{line} --out two") == [0, 0], text("err0")
     histories = [torch.load(f"history{rank}.pt") for rank in (0, 1)]
     assert histories[0]["sampler.count"].sum() == 8 * 8
@@ -138,20 +136,20 @@ def test_with_objective_vlb_both_processes_keep_the_same_history(monkeypatch):
 
 
 def test_only_the_first_process_speaks_and_all_end_with_its_code():
-    assert run(train.main, f"--method pdm {SMALL} --batch 9 --out bad") == [2, 2]
+    assert run(train.main, f"--method pdm --attention {SMALL} --batch 9 --out bad") == [2, 2]
     assert not os.path.exists("bad")
     assert "error: --accumulate 1 times 2 processes must divide --batch 9" in text("err0")
     assert text("err1") == text("out1") == ""
 
 
 def test_one_gpu_is_not_given_to_two_processes():
-    assert run(train.main, f"--method pdm {SMALL} --device cuda:0") == [2, 2]
+    assert run(train.main, f"--method pdm --attention {SMALL} --device cuda:0") == [2, 2]
     assert text("err0") == "error: cuda:0 is one GPU for 2 processes: give --device cuda\n"
 
 
 def test_more_processes_than_gpus_are_refused_by_all_of_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert run(train.main, f"--method pdm {SMALL} --device cuda") == [2, 2]
+    assert run(train.main, f"--method pdm --attention {SMALL} --device cuda") == [2, 2]
     assert text("err0") == "error: 2 processes for 1 GPUs: lower --nproc_per_node\n"
 
 
@@ -176,7 +174,8 @@ def test_a_stop_asked_of_one_process_stops_both_after_the_same_step(monkeypatch)
 
     any_of_all = train.any_of_all
     monkeypatch.setattr(train, "any_of_all", asked_of_the_second)
-    assert run(train.main, f"--method pdm --patch 2 {SMALL} --out two") == [130, 130]
+    line = f"--method pdm --attention --patch 2 --T 4 {SMALL} --out two"
+    assert run(train.main, line) == [130, 130]
     assert read("two")["step"] == 1
 
 
@@ -190,7 +189,8 @@ def test_only_a_split_chain_leaves_weights_without_a_gradient(monkeypatch, flag,
         return answers[0]
 
     monkeypatch.setattr(contract, "dry_pass", remembering)
-    train.main(f"--method pdm --patch 2 --T 30 {flag} {SMALL} --steps 1 --out one".split())
+    line = f"--method pdm --attention --patch 2 --T 4 {flag} {SMALL} --steps 1 --out one"
+    train.main(line.split())
     assert answers == [expected]
 
 

@@ -1,4 +1,5 @@
 import csv
+import functools
 import inspect
 import json
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HERE
+from tiny import Command, write_set
 from torch import nn
 
 import train
@@ -22,34 +24,29 @@ from plumbing.flags import flags_of
 from unet import Attention, UNet
 
 SMALL = (
-    "--width 8 --mults 1 --attention 0 --batch 4 --grid 1 --size 8 --device cpu "
-    "--precision fp32 --data set.npz"
-).split()
-WITHOUT_T = {"edm", "patch_diffusion"}
+    "--width 8 --mults 1 --batch 4 --grid 1 --size 8 --device cpu --precision fp32 "
+    "--data set.npz"
+)
+# Short chains; no attention, of which all have some by default
+SMALLEST = {
+    "ddpm": "--T 22 --attention",
+    "iddpm": "--T 4 --attention",
+    "pdm": "--T 4 --attention",
+    "edm": "--attention",
+    "patch_diffusion": "--attention",
+}
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), np.uint8)
-    np.savez("set.npz", images=images, labels=np.arange(60) % 3)
+    write_set()
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run train.py in this process: command("--method pdm") -> (exit code, stdout, stderr)."""
-
-    def command(line):
-        monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
-        code = 0
-        try:
-            flags.run(train.main)
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
+    return functools.partial(Command(monkeypatch, capsys), train)
 
 
 @pytest.fixture
@@ -57,10 +54,27 @@ def do(command):
     """The same with tiny settings, of which each can be given again."""
 
     def do(line):
-        chain = [] if WITHOUT_T & set(line.split()) else ["--T", "30"]
-        return command(" ".join([*SMALL, *chain, line]))
+        method = re.search(r"--method (\w+)", line)[1]
+        return command(f"{SMALL} {SMALLEST[method]} {line}")
 
     return do
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder runs/ after two steps of PDM; `two_steps` gives a test its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    line = f"{SMALL} {SMALLEST['pdm']} --method pdm --patch 2 --steps 2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_set()
+        train.main(line.split())
+    return folder / "runs"
+
+
+@pytest.fixture
+def two_steps(trained):
+    shutil.copytree(trained, "runs")
 
 
 def read(run):
@@ -141,17 +155,17 @@ def test_a_checkpoint_is_plain_and_says_everything(do, tmp_path):
     "line",
     [
         "--method ddpm --conditional --flip --dropout 0.1",
-        "--method iddpm --objective vlb --T 4 --conditional --accumulate 2",
+        "--method iddpm --objective vlb --conditional --accumulate 2",
         "--method pdm --patch 2 --split_snr 1",
-        "--method edm --augment 0.2",
+        "--method edm --augment 0.2 --attention 0",
         "--method patch_diffusion",
     ],
 )
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(do, command, line):
     method = line.split()[1]
-    do(f"{line} --steps 6 --every 3 --out whole")
-    do(f"{line} --steps 3 --every 3 --out parts")
-    assert command(f"--method {method} --steps 6 --out parts --resume")[0] == 0
+    do(f"{line} --steps 4 --every 2 --out whole")
+    do(f"{line} --steps 2 --every 2 --out parts")
+    assert command(f"--method {method} --steps 4 --out parts --resume")[0] == 0
     whole, parts = read("whole"), read("parts")
     assert equal(whole["model"], parts["model"])
     assert equal(whole["ema"], parts["ema"])
@@ -180,12 +194,16 @@ def test_random_numbers_depend_on_seed_step_and_part_alone(do, monkeypatch):
 
 
 def test_the_learning_rate_rises_falls_as_the_root_of_the_step_and_to_0_in_cooldown(do):
-    do("--method edm --steps 9 --every 1 --lr 0.01 --warmup 3 --decay 4 --cooldown 3")
-    for step, row in enumerate(log("runs/edm")):
-        rise = (step + 1) / 3
-        fall = (4 / (step + 1)) ** 0.5
-        expected = 0.01 * min(1, rise, fall) * min(1, (9 - step) / 3)
-        assert float(row["lr"]) == pytest.approx(expected, rel=1e-6)
+    expected = []
+    for step in range(9):
+        rise = (step + 1) / 4
+        fall = (5 / (step + 1)) ** 0.5
+        expected.append(0.01 * min(1, rise, fall) * min(1, (9 - step) / 2))
+    rates = [train.learning_rate(step, 9, 0.01, 4, 5, 2) for step in range(9)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+    do("--method pdm --steps 9 --every 3 --lr 0.01 --warmup 4 --decay 5 --cooldown 2")
+    logged = [float(row["lr"]) for row in log("runs/pdm")]
+    assert logged == pytest.approx([expected[2], expected[5], expected[8]], rel=1e-6)
 
 
 def test_a_cooldown_lasts_for_half_of_a_short_run_at_most():
@@ -199,8 +217,8 @@ def test_accumulating_leaves_the_number_of_images_a_step_alone(do):
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_row(do):
-    do("--method pdm --patch 2 --steps 4 --every 1 --out each")
-    do("--method pdm --patch 2 --steps 4 --every 4 --out all")
+    do("--method pdm --patch 2 --steps 2 --every 1 --out each")
+    do("--method pdm --patch 2 --steps 2 --every 2 --out all")
     losses = [float(row["loss"]) for row in log("each")]
     assert float(log("all")[0]["loss"]) == pytest.approx(np.mean(losses), abs=2e-5)
 
@@ -285,7 +303,7 @@ def test_held_out_images_are_not_trained_on_unless_there_are_few(count, size, tr
 
 
 def test_crops_count_as_the_images_they_are_and_the_log_has_their_shares(do):
-    do("--method patch_diffusion --steps 30 --every 15 --p_full 0.25")
+    do("--method patch_diffusion --steps 30 --every 30 --p_full 0.25")
     sizes = read("runs/patch_diffusion")["sizes"]
     last = log("runs/patch_diffusion")[-1]
     assert set(sizes) == {8, 4, 2}
@@ -298,21 +316,21 @@ def test_crops_count_as_the_images_they_are_and_the_log_has_their_shares(do):
 @pytest.mark.parametrize(
     "line",
     [
-        "--method ddpm --variance small --T 50 --steps 190 --width 24",
-        "--method iddpm --T 30 --steps 150 --width 24",
-        "--method pdm --patch 2 --T 50 --steps 60 --width 16",
-        "--method edm --steps 110 --width 16",
+        "--method ddpm --attention --variance small --T 50 --steps 60 --cooldown 30",
+        "--method iddpm --attention --T 30 --steps 60 --cooldown 30",
+        "--method pdm --attention --patch 2 --T 50 --steps 20 --cooldown 10",
+        "--method edm --attention --P_mean -0.5 --steps 60 --cooldown 30",
     ],
 )
 def test_one_overfitted_image_comes_back(command, line):
-    image = np.zeros((1, 3, 8, 8), np.uint8)
-    image[0, 0, 2:6, 2:6] = 255
-    image[0, 1, :, :4] = 200
-    image[0, 2, 4:] = 120
+    image = np.zeros((1, 3, 4, 4), np.uint8)
+    image[0, 0, 1:3, 1:3] = 255
+    image[0, 1, :, :2] = 200
+    image[0, 2, 2:] = 120
     np.save("one.npy", image)
     code, _, err = command(
-        f"{line} --data one.npy --overfit 1 --batch 8 --grid 4 --lr 1e-2 --decay 0 --mults 1 "
-        "--attention 0 --warmup 20 --device cpu --precision fp32 --out run"
+        f"{line} --data one.npy --overfit 1 --batch 64 --grid 1 --lr 2e-2 --warmup 5 --decay 0 "
+        "--width 24 --mults 1 --device cpu --precision fp32 --out run"
     )
     assert code == 0, err
     method, saved = checkpoint.load("run", device="cpu")
@@ -386,8 +404,7 @@ def test_a_loss_or_gradient_not_finite_names_the_step_and_keeps_the_checkpoint(
     assert read("runs/pdm")["step"] == 2
 
 
-def test_a_run_goes_on_with_moved_images_and_not_with_others(do, command):
-    do("--method pdm --patch 2 --steps 2")
+def test_a_run_goes_on_with_moved_images_and_not_with_others(two_steps, command):
     shutil.move("set.npz", "moved.npz")
     resume = "--method pdm --steps 3 --resume --data"
     np.save("other.npy", np.zeros((60, 3, 8, 8), np.uint8))
@@ -406,8 +423,7 @@ def test_a_run_goes_on_with_its_own_classes_only(do, command):
     assert "two.npz does not hold the images and classes" in err
 
 
-def test_a_run_goes_on_with_its_own_method_whatever_its_flags_say(do, command):
-    do("--method pdm --patch 2 --steps 2")
+def test_a_run_goes_on_with_its_own_method_whatever_its_flags_say(two_steps, command):
     saved = read("runs/pdm")
     saved["config"]["method"] = "ddpm"
     torch.save(saved, "runs/pdm/ckpt.pt")
@@ -435,8 +451,7 @@ def test_a_progressive_run_keeps_the_steps_that_its_sizes_follow(do, command, mo
     assert equal(read("parts")["model"], read("whole")["model"])
 
 
-def test_a_folder_that_holds_a_run_is_left_alone_unless_resumed(do, command):
-    do("--method pdm --patch 2 --steps 2")
+def test_a_folder_that_holds_a_run_is_left_alone_unless_resumed(two_steps, command):
     before = read("runs/pdm")
     for line, word in (
         ("--method pdm --steps 4", "--resume"),
@@ -451,8 +466,7 @@ def test_a_folder_that_holds_a_run_is_left_alone_unless_resumed(do, command):
     assert equal(before["model"], read("runs/pdm")["model"])
 
 
-def test_a_folder_that_another_process_trains_in_is_refused_in_one_line(do, command):
-    do("--method pdm --patch 2 --steps 2")
+def test_a_folder_that_another_process_trains_in_is_refused_in_one_line(two_steps, command):
     with checkpoint.locked(Path("runs/pdm")):
         code, _, err = command("--method pdm --steps 4 --resume")
     assert code == 2
@@ -461,7 +475,7 @@ def test_a_folder_that_another_process_trains_in_is_refused_in_one_line(do, comm
 
 def test_a_value_that_is_the_same_can_be_given_again_on_resume(do, command):
     do("--method pdm --steps 1")
-    assert command("--method pdm --steps 2 --resume --patch 4 --T 30")[0] == 0
+    assert command("--method pdm --steps 2 --resume --patch 4 --T 4")[0] == 0
 
 
 # A run that begins with the weights of another
@@ -559,8 +573,8 @@ class Flow(nn.Module):
 
 def test_a_sixth_paper_is_one_line_in_the_list_of_methods(do, command, monkeypatch):
     monkeypatch.setitem(METHODS, "flow", Flow)
-    line = SMALL + ["--method", "flow"]
-    train.main([*line, "--steps", "2", "--conditional"])
+    line = f"{SMALL} --method flow --steps 2 --conditional"
+    train.main(line.split())
     train.main(["--method", "flow", "--resume", "--steps", "4"])
     assert checkpoint.load("runs/flow", device="cpu")[1]["step"] == 4
 
@@ -571,7 +585,7 @@ def test_a_method_that_lacks_a_part_fails_before_the_first_step(command, monkeyp
     delattr(lacking, lost)
     lacking.__init__ = make_flow
     monkeypatch.setitem(METHODS, "flow", lacking)
-    code, _, err = command(" ".join([*SMALL, "--method flow"]))
+    code, _, err = command(f"{SMALL} --method flow")
     assert code == 2
     assert re.match(rf"error: Lacking has no .*{lost}.*docs/add_a_paper.md", last_line(err))
     assert not os.path.exists("runs")
@@ -596,7 +610,7 @@ def test_a_part_that_gives_something_else_fails_before_the_first_step(
 ):
     monkeypatch.setattr(Flow, name, faulty)
     monkeypatch.setitem(METHODS, "flow", Flow)
-    code, _, err = command(" ".join([*SMALL, "--method flow"]))
+    code, _, err = command(f"{SMALL} --method flow")
     assert code == 2
     assert f"Flow has no {name}(" in last_line(err)
 
@@ -626,7 +640,7 @@ def test_flags_reach_the_method_and_the_network(do):
     method, _ = checkpoint.load("runs/pdm", device="cpu")
     assert method.weight == "snr+1"
     assert method.clip is False
-    assert method.T == 30
+    assert method.T == 4
     dropouts = [module.p for module in method.modules() if isinstance(module, nn.Dropout)]
     assert len(dropouts) == 5
     assert set(dropouts) == {0.25}
@@ -708,8 +722,8 @@ def test_help_lists_the_methods_and_the_flags_of_each(command, line, word):
 def test_a_mistake_is_one_error_line_and_writes_nothing(command, tmp_path, line, word):
     np.save("plain.npy", np.zeros((8, 3, 8, 8), np.uint8))
     before = sorted(tmp_path.rglob("*"))
-    small = [] if line.startswith("pdm") else [*SMALL, "--steps 2"]
-    code, _, err = command(" ".join([*small, line]))
+    small = "" if line.startswith("pdm") else f"{SMALL} --attention 0 --steps 2"
+    code, _, err = command(f"{small} {line}")
     assert code == 2
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")

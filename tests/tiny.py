@@ -1,5 +1,7 @@
 """Tiny runs, written without training, and commands started in this process."""
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,3 +63,25 @@ class Command:
             code = stop.code or 0
         out, err = self.capsys.readouterr()
         return code, out, err
+
+    def refuses(self, module, line, words):
+        """Assert that the line is refused, and that nothing is written."""
+        before = sorted(Path().rglob("*"))
+        assert_one_line(self(module, line), words)
+        assert sorted(Path().rglob("*")) == before
+
+
+def beside(runs, tmp_path, monkeypatch, capsys):
+    """A Command in a folder of its own, beside copies of these runs."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Command(monkeypatch, capsys)
+
+
+def assert_one_line(result, words):
+    """Assert that a Command was refused in one line with these words."""
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert words in err
