@@ -20,6 +20,14 @@ def seed():
     torch.default_generator.manual_seed(number)  # the one that tests draw from
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    """A file is synced to outlive a power failure, which no test plays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def known_to_explain(request):
     """A comparison that fails reads the test's name and marks."""

@@ -41,13 +41,15 @@ def trained(about):
 
 
 def content(step=1, about=None):
+    """A checkpoint, with Adam's state of the first weights alone, for it has many."""
     about = about or describe()
     method, optimizer = trained(about)
+    moments = optimizer.state_dict()["state"]
     progress = dict(step=step, images=2, seconds=1.0, sizes={}, losses=[0.5])
     state = dict(
         model=method.state_dict(),
         ema=method.state_dict(),
-        optimizer=optimizer.state_dict()["state"],
+        optimizer={i: moments[i] for i in range(8)},
         log=[ROW],
     )
     return about | progress | state
@@ -181,6 +183,20 @@ def test_keep_deletes_only_the_names_that_it_writes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(expected)
     for name, step in zip([*numbered, "ckpt.pt"], (3, 1_000_000, 1_000_000)):
         assert checkpoint.read(tmp_path / name)["step"] == step
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(run, monkeypatch):
+    calls = []
+    replace = os.replace
+
+    def replacing(temporary, path):
+        calls.append("replace")
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", replacing)
+    checkpoint.write(run, content())
+    assert calls == ["fsync", "replace"] * 2  # ckpt.pt, log.csv
 
 
 @pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("writing file")])

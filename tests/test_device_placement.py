@@ -84,12 +84,8 @@ def device():
     patch_diffusion.grid_on.cache_clear()
 
 
-def u_net(in_channels, out_channels, attention=()):
-    return UNet(in_channels, out_channels, width=8, mults=(1,), attention=attention, classes=3)
-
-
-def attentive(in_channels, out_channels):
-    return u_net(in_channels, out_channels, attention=(0,))
+def u_net(in_channels, out_channels):
+    return UNet(in_channels, out_channels, width=8, mults=(1,), attention=(0,), classes=3)
 
 
 class Layer(nn.Module):
@@ -161,7 +157,7 @@ def assert_steps_are_free(device, sampler, samplers):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_training_step_makes_the_host_neither_read_nor_copy(name, device):
-    training = Training(on_device(name, u_net))
+    training = Training(on_device(name))
     x = images()
     y = labels()
     device.forget()
@@ -170,13 +166,15 @@ def test_a_training_step_makes_the_host_neither_read_nor_copy(name, device):
     assert device.copies == []
 
 
+@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("name", ["DDPM", "PDM", "EDM, augmented", "Patch Diffusion"])
-def test_a_training_step_without_labels_makes_it_neither_read_nor_copy(name, device):
-    training = Training(on_device(name, attentive))
+def test_a_training_step_of_the_u_net_makes_it_neither_read_nor_copy(name, labelled, device):
+    training = Training(on_device(name, u_net))
     x = images()
-    training.step(x, None)
+    y = labels() if labelled else None
+    training.step(x, y)
     device.forget()
-    training.step(x, None)
+    training.step(x, y)
     assert device.reads + device.copies == []
 
 
@@ -246,7 +244,7 @@ def test_what_the_set_up_of_a_sampler_reads_and_copies_does_not_grow_with_the_st
 
 @pytest.mark.parametrize("name", ["DDPM", "IDDPM, hybrid", "PDM", "EDM", "Patch Diffusion"])
 def test_the_steps_of_guided_samplers_neither_read_nor_copy(name, device):
-    method = on_device(name, attentive)
+    method = on_device(name, u_net)
     method.net = Guided(method.net, 1.5)
     assert_steps_are_free(device, method.sample, {"guided": {}})
 

@@ -560,6 +560,20 @@ def test_every_step_has_two_slopes_but_the_last_one(steps):
     equal(len(evaluations), 2 * steps - 1, what="evaluations of D")
 
 
+def stochastic_case():
+    """The authors' stochastic sampler: (its options, the noise it drew, what came out)."""
+    case = golden("edm_stochastic")
+    S = case["inputs"]["settings"]["cifar_vp_pretrained"]
+    draws = [tensor(n) for n in case["inputs"]["noise_tape"]]
+    options = {
+        "S_churn": S["S_churn"],
+        "S_tmin": S["S_min"],
+        "S_tmax": S["S_max"],
+        "S_noise": S["S_noise"],
+    }
+    return options, draws, case["outputs"]["edm_sampler|cifar_vp_pretrained|gauss"]
+
+
 @pytest.mark.equation("edm", "Algorithm 2, line 2", "Algorithm 2, line 3")
 @pytest.mark.equation("edm", "Algorithm 2, gamma_i", "Algorithm 2, line 4")
 @pytest.mark.equation("edm", "Algorithm 2, line 5", "Algorithm 2, line 6")
@@ -568,20 +582,10 @@ def test_every_step_has_two_slopes_but_the_last_one(steps):
 @pytest.mark.equation("edm", "Algorithm 2, line 11")
 @pytest.mark.function("edm", "EDM.sample")
 def test_algorithm_2_gives_the_authors_numbers():
-    case = golden("edm_stochastic")
-    expected = case["outputs"]["edm_sampler|cifar_vp_pretrained|gauss"]
-    S = case["inputs"]["settings"]["cifar_vp_pretrained"]
-    draws = [tensor(n) for n in case["inputs"]["noise_tape"]]
+    options, draws, expected = stochastic_case()
     model = EDM(optimal_F("edm", Gaussian(0.0, 0.5)), 1)
-    chain = model.sample(
-        latent,
-        S_churn=S["S_churn"],
-        S_tmin=S["S_min"],
-        S_tmax=S["S_max"],
-        S_noise=S["S_noise"],
-        randn_like=lambda x: draws.pop(0),
-    )
-    close(last(chain), expected["x"], rtol=1e-5, atol=1e-5, what="the samples")
+    x = last(model.sample(latent, randn_like=lambda x: draws.pop(0), **options))
+    close(x, expected["x"], rtol=1e-5, atol=1e-5, what="the samples")
     equal(len(draws), 0, what="noise draws left over: one a step, used or not")
 
 
@@ -669,21 +673,9 @@ def test_every_choice_of_sampler_gives_the_authors_numbers(key):
 @pytest.mark.equation("edm", "Algorithm 3, line 9")
 @pytest.mark.function("edm", "ode_sample")
 def test_the_stochastic_sampler_gives_the_authors_numbers():
-    case = golden("edm_stochastic")
-    expected = case["outputs"]["edm_sampler|cifar_vp_pretrained|gauss"]
-    S = case["inputs"]["settings"]["cifar_vp_pretrained"]
-    draws = [tensor(n) for n in case["inputs"]["noise_tape"]]
+    options, draws, expected = stochastic_case()
     D, levels = counted(gauss)
-    chain = ode_sample(
-        D,
-        latent,
-        S_churn=S["S_churn"],
-        S_tmin=S["S_min"],
-        S_tmax=S["S_max"],
-        S_noise=S["S_noise"],
-        randn_like=lambda x: draws.pop(0),
-    )
-    x = last(chain)
+    x = last(ode_sample(D, latent, randn_like=lambda x: draws.pop(0), **options))
     close(levels, expected["sigmas_evaluated"], what="the noise levels of the evaluations")
     close(x, expected["x"], atol=1e-12, what="the samples")
     equal(len(draws), 0, what="noise draws left over: one a step, used or not")

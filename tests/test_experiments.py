@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing import checkpoint, flags
+import train
+from plumbing import checkpoint, flags, runs
 
 HERE = Path(__file__).parent.parent
 CLAIMS = [
@@ -100,9 +101,11 @@ ONE_RUN = "--method pdm --patch 1 --width 8 --mults 1 --attention --grid 1 --bat
 def run(monkeypatch, capsys, tmp_path):
     """run("edm_churn", "--quick ...") -> (exit code, stdout, stderr), in an empty folder.
 
-    Plots, which are slow, have a test of their own.
+    Plots, and the pictures of a run, which are slow, have tests of their own.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "preview", no_picture)
+    monkeypatch.setattr(runs, "save_pictures", no_picture)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
     def run(name, line):
@@ -117,6 +120,10 @@ def run(monkeypatch, capsys, tmp_path):
         return code, out, err
 
     return run
+
+
+def no_picture(*_):
+    return None
 
 
 def write_images(path="set.npy", count=80, classes=0):

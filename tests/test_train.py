@@ -316,8 +316,8 @@ def test_crops_count_as_the_images_they_are_and_the_log_has_their_shares(do):
 @pytest.mark.parametrize(
     "line",
     [
-        "--method ddpm --attention --variance small --T 50 --steps 60 --cooldown 30",
-        "--method iddpm --attention --T 30 --steps 60 --cooldown 30",
+        "--method ddpm --attention --variance small --T 50 --steps 80 --cooldown 40",
+        "--method iddpm --attention --T 30 --steps 70 --cooldown 35",
         "--method pdm --attention --patch 2 --T 50 --steps 20 --cooldown 10",
         "--method edm --attention --P_mean -0.5 --steps 60 --cooldown 30",
     ],
@@ -329,8 +329,8 @@ def test_one_overfitted_image_comes_back(command, line):
     image[0, 2, 2:] = 120
     np.save("one.npy", image)
     code, _, err = command(
-        f"{line} --data one.npy --overfit 1 --batch 64 --grid 1 --lr 2e-2 --warmup 5 --decay 0 "
-        "--width 24 --mults 1 --device cpu --precision fp32 --out run"
+        f"{line} --data one.npy --overfit 1 --grid 1 --lr 2e-2 --warmup 5 --decay 0 --width 24 "
+        "--mults 1 --device cpu --precision fp32 --out run"
     )
     assert code == 0, err
     method, saved = checkpoint.load("run", device="cpu")
