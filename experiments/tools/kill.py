@@ -23,8 +23,8 @@ from plumbing.flags import UserError, run, script
 
 TRAIN = Path(__file__).parent.parent.parent / "train.py"
 FLAGS = (
-    "--method pdm --patch 1 --size 8 --mults 1 --batch 1 --overfit 2 --every 1 --grid 1 --T 10 "
-    "--steps 1000000 --device cpu"
+    "--method pdm --patch 1 --size 8 --mults 1 --attention --batch 1 --overfit 2 --every 1 "
+    "--grid 1 --T 10 --steps 1000000 --device cpu"
 )
 
 
