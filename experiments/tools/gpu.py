@@ -66,7 +66,7 @@ class Numbers(NamedTuple):
 
 TINY = Numbers(
     net="--width 8 --mults 1 --attention 0 --grid 1 --batch 4",
-    first="--steps 2 --width 8 --mults 1 --grid 1 --batch 4 --size 8 --T 22",
+    first="--steps 2 --width 8 --mults 1 --attention --grid 1 --batch 4 --size 8 --T 22",
     drawn="--n 1",
     sizes=(16,),
     steps=2,
