@@ -49,6 +49,9 @@ def pytest_runtest_call(item):
         raise
 
 
+pytest_runtest_setup = pytest_runtest_call  # a fixture may train a run
+
+
 def last_file(error):
     """The file in which an exception was raised."""
     frame = error.__traceback__

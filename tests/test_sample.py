@@ -381,6 +381,19 @@ def test_a_run_is_named_by_its_folder_or_by_a_checkpoint_in_it(draw, images):
     assert (images("ddpm/ckpt-000001.pt --n 1 --steps 3") == by_folder).all()
 
 
+def test_a_checkpoint_is_read_once(draw, monkeypatch):
+    paths = []
+    read = checkpoint.read
+
+    def remembering(path):
+        paths.append(path)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read", remembering)
+    draw("run --compare ddpm --n 1 --steps 3 --out rows")
+    assert paths == ["run", "ddpm"]
+
+
 def test_latents_come_out_as_numbers_that_are_not_clipped(draw):
     assert draw("latents --n 3 --steps 2 --out drawn.npy")[0] == 0
     drawn = np.load("drawn.npy")
