@@ -290,9 +290,7 @@ def write(drawn, rows, numbers, out):
 # The command line
 
 def parse(argv, function, doc, program):
-    """What a command line names: (run, its checkpoint, the sampler's options, the arguments of
-    `function`).
-    """
+    """(run, its checkpoint, the sampler's options, the function's arguments) of a command."""
     asks_help = not argv or argv[0] in ("-h", "--help")
     if not asks_help and argv[0].startswith("-"):
         raise UserError(f"the run comes first: python {program} runs/pdm [flags]")

@@ -48,7 +48,8 @@ def first_weight(name, new, saved, about):
     same but not what is read or said beside them. The new network then says what the old did.
     """
     old = saved["ema"].get(name)
-    layer = name.split(".")[-2:][0]
+    parent, _, _ = name.rpartition(".")  # net.conv_in of net.conv_in.weight
+    layer = parent.split(".")[-1]
     if layer == "label" and saved["classes"] != about["classes"]:
         return embeddings(old, new, saved["classes"], about["classes"])
     if old is None:
@@ -92,5 +93,6 @@ def embeddings(old, new, before, now):
         return "new", torch.zeros_like(new)
     if old.shape[1] != new.shape[1]:
         return "new", new
-    row = {name: 1 + k for k, name in enumerate(before)}
-    return "in part", old[[0, *(row.get(name, 0) for name in now)]]
+    row_of = {name: 1 + k for k, name in enumerate(before)}
+    rows = [0] + [row_of.get(name, 0) for name in now]
+    return "in part", old[rows]
