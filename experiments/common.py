@@ -23,6 +23,7 @@ class Setup(NamedTuple):
     features: str | None  # TorchScript file, "none", or None: one is trained
     device: str | None
     flags: str = ""  # more of train.py's, for every run
+    seeds: int = 3  # trainings of each case, or draws of a given checkpoint
 
     @property
     def stem(self):
@@ -59,7 +60,7 @@ def check_features(features):
 
 def prepare(setup, **counts):
     """UserError for what would fail after training: numbers, features, a folder to write in."""
-    check_counts(1, **counts, size=setup.size, steps=setup.steps)
+    check_counts(1, **counts, size=setup.size, steps=setup.steps, seeds=setup.seeds)
     check_counts(2, n=setup.n)
     check_features(setup.features)
     make_folder(setup.out)
@@ -74,6 +75,12 @@ def three_levels(size):
     The default's fourth level would be a grid of 3x3 or less.
     """
     return "--width 32 --mults 1 2 4 --attention 2" if size < 32 else ""
+
+
+def train_each(setup, name, flags):
+    """`train_once` from several seeds; the checkpoints."""
+    seeds = range(setup.seeds)
+    return [train_once(setup, f"{name}-seed{k}", f"{flags} --seed {k}") for k in seeds]
 
 
 def train_once(setup, name, flags):

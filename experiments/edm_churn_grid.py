@@ -5,7 +5,7 @@
 
 Draws from one network by Algorithm 2 with every combination, and without churn, all from the
 same noise; writes the Frechet distances and a grid of images, and says whether the best row is
-ahead of no churn by more than seeds differ. The best of many rows flatters itself: believe it
+ahead of no churn by more than chance. The best of many rows flatters itself: believe it
 when more seeds (--seeds) and images (--n) say the same.
 """
 import itertools
@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.common import Setup, check_counts, choose, prepare, three_levels, train_once
-from experiments.judge import Case, Judge, compare
+from experiments.common import Setup, check_counts, choose, prepare, three_levels
+from experiments.judge import case_of, compare, judges_of
 from experiments.report import claim
+from experiments.verdict import decide
 from plumbing.flags import run, script
 
 ODE = "no churn"
@@ -34,7 +35,7 @@ def edm_churn_grid(
     size: int | None = None,  # image size; default 32, quick 16,
     train_steps: int | None = None,  # and training steps; default 30,000, quick 1,500
     n: int | None = None,  # images of each; default 2,000, quick 128
-    seeds: int = 3,  # times that each is drawn
+    seeds: int = 3,  # trainings, or where checkpoints are given times that each is drawn
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
     flags: str = "",  # more of train.py's flags, in quotes
     out: str = "runs/edm-churn",  # folder of the table
@@ -44,41 +45,38 @@ def edm_churn_grid(
     size = choose(size, quick, 16, 32)
     train_steps = choose(train_steps, quick, 1500, 30_000)
     n = choose(n, quick, 128, 2000)
-    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags)
+    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags, seeds)
     check_counts(0, S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise)
-    prepare(setup, seeds=seeds, chain=chain, train_steps=train_steps)
-    if path is None:
-        path = train_once(setup, f"edm-{setup.stem}", f"--method edm {three_levels(size)}")
-    judge = Judge(path, features, n, seeds, device=device)
-    cases = cases_of(judge, chain, S_churn, itertools.product(S_tmin, S_tmax, S_noise))
+    prepare(setup, chain=chain, train_steps=train_steps)
+    words = f"--method edm {three_levels(size)}"
+    judges = judges_of(setup, path, f"edm-{setup.stem}", words)
+    cases = cases_of(judges, chain, S_churn, itertools.product(S_tmin, S_tmax, S_noise))
     drawn = compare(cases, setup.out / "churn_grid.csv", "evaluations")
     text = "a search finds churn that draws better than none (EDM, Table 5)"
     paper = "its own network on ImageNet-64: .05 to 50, S_noise 1.003; on CIFAR-10 no churn"
-    claim(text, paper, verdict({name: one for (name, _), one in drawn.items()}))
+    best, words = verdict({name: one for (name, _), one in drawn.items()})
+    claim(text, paper, best, words)
 
 
-def cases_of(judge, steps, S_churn, grid):
+def cases_of(judges, steps, S_churn, grid):
     """No churn, and a Case for each (S_tmin, S_tmax, S_noise) of the grid."""
-    cases = [Case(ODE, steps, judge.chain("heun", steps=steps), judge)]
+    cases = [case_of(judges, ODE, steps, "heun")]
     for low, high, inflation in grid:
         churn = dict(S_churn=S_churn, S_tmin=low, S_tmax=high, S_noise=inflation)
         name = f"{low:g} to {high:g}, S_noise {inflation:g}"
-        cases.append(Case(name, steps, judge.chain("heun", steps=steps, **churn), judge))
+        cases.append(case_of(judges, name, steps, "heun", **churn))
     return cases
 
 
 def verdict(drawn):
     """Which row is best, and whether that is more than chance; drawn: {name: Drawn}."""
     if drawn[ODE].frechet is None:
-        return "no distance was measured"
+        return "", "no distance was measured"
     best = min(drawn, key=lambda name: drawn[name].frechet)
     if best == ODE:
-        return f"no: nothing is below the {drawn[ODE].frechet} of no churn"
+        return f"{drawn[ODE].frechet} without churn", "no: nothing is below"
     words = f"{drawn[best].frechet} by {best}, {drawn[ODE].frechet} without churn"
-    spread = max(drawn[name].columns()["spread"] for name in (best, ODE))
-    apart = drawn[ODE].frechet - drawn[best].frechet
-    told = "yes" if apart > spread else f"not told apart, seeds differ by {spread}"
-    return f"{told}: {words}"
+    return words, decide(drawn[best].distances, drawn[ODE].distances, paired=True)
 
 
 main = script(edm_churn_grid, __doc__)

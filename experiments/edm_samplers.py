@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.common import Setup, choose, prepare, three_levels, train_once
-from experiments.judge import Case, Judge, compare
+from experiments.common import Setup, choose, prepare, three_levels
+from experiments.judge import case_of, compare, judges_of
 from experiments.report import claim
+from experiments.verdict import decide
 from plumbing.flags import UserError, run, script
 
 # The rungs of Fig. 2 below EDM's own, which is Heun in 18 steps
@@ -33,7 +34,7 @@ def edm_samplers(
     size: int | None = None,  # image size; default 32, quick 16,
     train_steps: int | None = None,  # and training steps; default 30,000, quick 2,500
     n: int | None = None,  # images of each; default 2,000, quick 128
-    seeds: int = 3,  # times that each is drawn; their mean and spread count
+    seeds: int = 3,  # trainings, or where checkpoints are given times that each is drawn
     batch: int | None = None,  # images at a time; default 64, on CUDA 500
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
     flags: str = "",  # more of train.py's flags, in quotes
@@ -44,31 +45,30 @@ def edm_samplers(
     size = choose(size, quick, 16, 32)
     train_steps = choose(train_steps, quick, 2500, 30_000)
     n = choose(n, quick, 128, 2000)
-    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags)
-    prepare(setup, seeds=seeds, batch=batch, train_steps=train_steps)
-    if path is None:
-        words = f"--method ddpm {three_levels(size)}"
-        path = train_once(setup, f"ddpm-{setup.stem}", words)
-    judge = Judge(path, features, n, seeds, batch, device)
-    T = getattr(judge.method, "T", 0)
+    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags, seeds)
+    prepare(setup, batch=batch, train_steps=train_steps)
+    words = f"--method ddpm {three_levels(size)}"
+    judges = judges_of(setup, path, f"ddpm-{setup.stem}", words, batch)
+    T = getattr(judges[0].method, "T", 0)
     if T < 250:
         raise UserError(f"{path} is not of a DDPM (or Improved DDPM, PDM) of 250 steps or more")
-    found = compare(cases_of(judge, quick, T), setup.out / "edm_samplers.csv", "evaluations")
+    found = compare(cases_of(judges, quick, T), setup.out / "edm_samplers.csv", "evaluations")
     one = found["ancestral", 250]
     two = found["Heun", 18]
     ours = f"{one.frechet} in {one.evaluations:.0f}, {two.frechet} in {two.evaluations:.0f}"
     text = "Heun on EDM's noise levels needs far fewer evaluations of one network"
     paper = "VP network, 256 to 35 evaluations: 2.85 to 2.93 FID"
-    claim(f"{text} (EDM, Table 3)", paper, f"Frechet {ours}")
+    verdict = f"Heun is ahead: {decide(two.distances, one.distances, paired=True)}"
+    claim(f"{text} (EDM, Table 3)", paper, f"Frechet {ours}", verdict)
 
 
-def cases_of(judge, quick, T):
+def cases_of(judges, quick, T):
     """The samplers, each in several numbers of steps."""
     short = choose(None, quick, (18, 35), (10, 18, 35, 79))
     cases = []
 
     def add(name, steps, sampler, **options):
-        cases.append(Case(name, steps, judge.chain(sampler, steps=steps, **options), judge))
+        cases.append(case_of(judges, name, steps, sampler, **options))
 
     for steps in choose(None, quick, (100, 250), sorted({50, 100, 250, T})):
         add("ancestral", steps, "own")

@@ -54,7 +54,7 @@ def edm_trajectories(
         errors.append(f"{title.split(':')[0]} {error:.2g}")
     draw_columns(columns, out)
     ours = f"Euler in {steps} steps ends off the path by {', '.join(errors)}"
-    claim("paths of the ODE by schedule (EDM, Fig. 3)", "", ours)
+    claim("paths of the ODE by schedule (EDM, Fig. 3)", "", ours, "")
 
 
 def walk(noise, steps, solver, schedule, scaling):

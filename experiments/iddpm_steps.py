@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.common import Setup, choose, prepare, three_levels, train_once
-from experiments.judge import Case, Judge, compare
+from experiments.common import Setup, choose, prepare, three_levels
+from experiments.judge import Case, case_of, compare, judges_of
 from experiments.report import claim
+from experiments.verdict import decide
 from plumbing.drawing import changed
 from plumbing.flags import UserError, run, script
 
@@ -32,7 +33,7 @@ def iddpm_steps(
     size: int | None = None,  # image size; default 32, quick 16,
     train_steps: int | None = None,  # and training steps of each; default 25,000, quick 2,000
     n: int | None = None,  # images of each; default 1,000, quick 128
-    seeds: int = 3,  # times that each is drawn; their mean and spread count
+    seeds: int = 3,  # trainings, or where checkpoints are given times that each is drawn
     batch: int | None = None,  # images at a time; default 64, on CUDA 500
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
     flags: str = "",  # more of train.py's flags, in quotes
@@ -45,38 +46,35 @@ def iddpm_steps(
     n = choose(n, quick, 128, 1000)
     if (learned is None) != (fixed is None):
         raise UserError("give two checkpoints, of a learned and of a fixed variance, or none")
-    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags)
-    prepare(setup, seeds=seeds, batch=batch, train_steps=train_steps)
-    if learned is None:
-        words = f"--method iddpm {three_levels(size)} --objective"
-        learned = train_once(setup, f"hybrid-{setup.stem}", f"{words} hybrid")
-        fixed = train_once(setup, f"simple-{setup.stem}", f"{words} simple")
-    one = Judge(learned, features, n, seeds, batch, device)
-    two = Judge(fixed, features, n, seeds, batch, device)
-    if [getattr(judge.method, "learned", None) for judge in (one, two)] != [True, False]:
+    setup = Setup(Path(out), data, size, train_steps, n, features, device, flags, seeds)
+    prepare(setup, batch=batch, train_steps=train_steps)
+    words = f"--method iddpm {three_levels(size)} --objective"
+    one = judges_of(setup, learned, f"hybrid-{setup.stem}", f"{words} hybrid", batch)
+    two = judges_of(setup, fixed, f"simple-{setup.stem}", f"{words} simple", batch)
+    if [getattr(judges[0].method, "learned", None) for judges in (one, two)] != [True, False]:
         kinds = "of iddpm --objective hybrid or vlb, and of --objective simple"
         raise UserError(f"{learned} and {fixed} must be {kinds}")
-    T = min(one.method.T, two.method.T)
+    T = min(one[0].method.T, two[0].method.T)
     lengths = [steps for steps in choose(None, quick, SHORT, LONG) if steps <= T]
     if not lengths:
         raise UserError(f"{learned} and {fixed} have too few steps to leave any out")
     found = compare(cases_of(one, two, lengths), setup.out / "iddpm_steps.csv", "steps")
-    ends = []
-    for steps in (lengths[0], lengths[-1]):
-        names = ["learned", *FIXED, "DDIM"]
-        distances = [f"{name} {found[name, steps].frechet}" for name in names]
-        ends.append(f"{steps} steps: {', '.join(distances)}")
-    text = "few steps cost little with a learned variance (Improved DDPM, Fig. 8)"
-    paper = "100 of 4000 steps: near the full chain's FID; fixed variances fall behind"
-    claim(text, paper, "; ".join(ends))
+    few = lengths[0]
+    learned = found["learned", few]
+    for name in (*FIXED, "DDIM"):
+        other = found[name, few]
+        ours = f"Frechet {learned.frechet} and {other.frechet}"
+        text = f"a learned variance is ahead in {few} steps of {name} (Improved DDPM, Fig. 8)"
+        claim(text, "", ours, decide(learned.distances, other.distances))
 
 
 def cases_of(one, two, lengths):
     """The samplers, each in several numbers of steps; of a learned variance, and of a fixed."""
-    cases = [Case("learned", k, one.chain(steps=k), one) for k in lengths]
+    cases = [case_of(one, "learned", k, "own") for k in lengths]
     for name, variance in FIXED.items():
-        cases += [Case(name, k, with_variance(two, variance, k), two) for k in lengths]
-    cases += [Case("DDIM", k, two.chain(steps=k, eta=0.0), two) for k in lengths]
+        for k in lengths:
+            cases.append(Case(name, k, [with_variance(j, variance, k) for j in two], two))
+    cases += [case_of(two, "DDIM", k, "own", eta=0.0) for k in lengths]
     return cases
 
 

@@ -1,6 +1,5 @@
-"""Frechet distance and error by noise level of one checkpoint, beside its training data."""
+"""Frechet distance and error by noise level of checkpoints, beside their training data."""
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 
 from edm import denoiser
 from evaluate import Data, errors, write_table
-from experiments.common import check_features, train_once
+from experiments.common import check_features, train_each
 from experiments.report import curves_of, plot, save_rows, write
 from experiments.tools import features as classifier
 from plumbing import checkpoint, images
@@ -22,10 +21,10 @@ FEATURES_BATCH = 256
 
 
 class Drawn(NamedTuple):
-    """What a sampler drew, over several seeds of the noise."""
+    """What a sampler drew, from one network or several."""
 
-    images: torch.Tensor  # (n, C, H, W) in [-1, 1], of the first seed
-    distances: list  # by seed; empty where none is measured
+    images: torch.Tensor  # (n, C, H, W) in [-1, 1], of the first
+    distances: list  # one for each network, or seed of the noise; empty where none is measured
     evaluations: float  # of the network, for each image
     seconds: float  # for each image
 
@@ -34,7 +33,7 @@ class Drawn(NamedTuple):
         return round(statistics.mean(self.distances), 2) if self.distances else None
 
     def columns(self):
-        """The mean distance and the largest difference between seeds, for a table."""
+        """The mean distance and the largest difference, for a table."""
         if not self.distances:
             return {}
         spread = max(self.distances) - min(self.distances)
@@ -42,23 +41,26 @@ class Drawn(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a run."""
+    """What became of the trainings of a case."""
 
-    path: Path  # its checkpoint
-    errors: dict  # {"rmse_<sigma>": error on held-out images}
+    paths: list  # of their checkpoints
+    errors: dict  # {"rmse_<sigma>": [error on held-out images, one for each training]}
     drawn: Drawn
 
     def columns(self):
-        return self.errors | self.drawn.columns()
+        """Means over the trainings, for a table."""
+        means = {name: statistics.mean(values) for name, values in self.errors.items()}
+        return {name: round(mean, 5) for name, mean in means.items()} | self.drawn.columns()
 
 
 class Judge:
     """Draws from a checkpoint and compares with its data; without features it only draws."""
 
-    def __init__(self, path, features, n, seeds=3, batch=None, device=None):
+    def __init__(self, path, features, n, seed=0, batch=None, device=None):
         self.method, self.saved = checkpoint.load(path, device=device)
         self.device = next(self.method.parameters()).device
         self.n = n
+        self.seed = seed  # of the noise
         self.batch = batch or (500 if self.device.type == "cuda" else 64)
         self.labels = None
         if self.saved["classes"]:
@@ -66,7 +68,6 @@ class Judge:
         source = self.saved["config"]["data"]
         self.trained_on, self.held_out = data_of(path, self.saved, source)
         features = features_file(features, source, self.saved["shape"], device)
-        self.seeds = seeds if features else 1
         self.network = None
         if features:
             self.network = Features(features, self.saved["shape"], self.device)
@@ -83,17 +84,11 @@ class Judge:
 
     def draw(self, run):
         """The Drawn of a sampler run(noise, y, randn_like=...)."""
-        distances = []
-        first = None
-        with counted(self.method, self.n * self.seeds) as cost:
-            for seed in range(self.seeds):
-                keys = [(seed, i) for i in range(self.n)]
-                shape = self.saved["shape"]
-                x = draw(run, shape, keys, self.batch, self.labels, self.device)
-                first = x if first is None else first
-                if self.network:
-                    distances.append(self.distance(x))
-        return Drawn(first, distances, cost.nfe, cost.seconds_per_image)
+        keys = [(self.seed, i) for i in range(self.n)]
+        with counted(self.method, self.n) as cost:
+            x = draw(run, self.saved["shape"], keys, self.batch, self.labels, self.device)
+        distances = [self.distance(x)] if self.network else []
+        return Drawn(x, distances, cost.nfe, cost.seconds_per_image)
 
     def distance(self, x):
         vectors = self.network(images.to_uint8(x), FEATURES_BATCH)
@@ -105,13 +100,27 @@ class Judge:
         D = denoiser(self.method)
         rows = errors(D, some, self.held_out, 64, 0, self.device)
         write_table(path, rows)
-        return {f"rmse_{row['sigma']:g}": round(row["held_out"], 5) for row in rows}
+        return {f"rmse_{row['sigma']:g}": row["held_out"] for row in rows}
 
     def words(self):
         """What was measured, for a note under a table."""
         name = self.network.name if self.network else "not measured"
-        spread = f"mean and largest difference of {self.seeds} seeds"
-        return f"{self.n} images, {spread}, {name}, {self.device}"
+        return f"{self.n} images, mean and largest difference, {name}, {self.device}"
+
+
+def judges_of(setup, path, name, flags, batch=None):
+    """A Judge for each training of a case; of a checkpoint that is given, for each noise."""
+    paths = [path] * setup.seeds if path is not None else train_each(setup, name, flags)
+    features = setup.features
+    device = setup.device
+    return [Judge(p, features, setup.n, k, batch, device) for k, p in enumerate(paths)]
+
+
+def joined(drawn):
+    """The Drawn of several networks as one."""
+    distances = [distance for one in drawn for distance in one.distances]
+    seconds = statistics.mean(one.seconds for one in drawn)
+    return drawn[0]._replace(distances=distances, seconds=seconds)
 
 
 def data_of(path, saved, source):
@@ -153,13 +162,17 @@ def features_file(name, data, shape, device):
 
 
 def measure(setup, name, flags, steps):
-    """Train a run once; its Result, of samples by its own sampler in so many steps."""
-    path = train_once(setup, name, flags)
-    judge = Judge(path, setup.features, setup.n, device=setup.device)
-    found = judge.errors(setup.out / f"{name}-error.csv")
-    drawn = judge.draw(judge.chain(steps=steps))
-    images.save_grid(drawn.images[:64], setup.out / f"{name}.png")
-    return Result(path, found, drawn)
+    """Train a case from several seeds; the Result, of its own sampler in so many steps."""
+    paths = train_each(setup, name, flags)
+    drawn = []
+    errors = {}
+    for k, path in enumerate(paths):
+        judge = Judge(path, setup.features, setup.n, k, device=setup.device)
+        for level, error in judge.errors(setup.out / f"{name}-seed{k}-error.csv").items():
+            errors.setdefault(level, []).append(error)
+        drawn.append(judge.draw(judge.chain(steps=steps)))
+    images.save_grid(drawn[0].images[:64], setup.out / f"{name}.png")
+    return Result(paths, errors, joined(drawn))
 
 
 # Several samplers
@@ -170,8 +183,13 @@ class Case(NamedTuple):
 
     name: str
     steps: int
-    run: Callable  # run(noise, y, randn_like=...) yields (x, x_0_hat)
-    judge: Judge
+    runs: list  # run(noise, y, randn_like=...) yields (x, x_0_hat); one for each judge
+    judges: list
+
+
+def case_of(judges, name, steps, sampler, **options):
+    """A Case of a sampler of sample.py."""
+    return Case(name, steps, [j.chain(sampler, steps=steps, **options) for j in judges], judges)
 
 
 def compare(cases, path, axis):
@@ -179,12 +197,12 @@ def compare(cases, path, axis):
     found = {}
     rows = []
     for case in cases:
-        drawn = case.judge.draw(case.run)
+        drawn = joined([judge.draw(run) for judge, run in zip(case.judges, case.runs)])
         row = dict(sampler=case.name, steps=case.steps, evaluations=round(drawn.evaluations))
         rows.append(row | drawn.columns() | dict(seconds=round(drawn.seconds, 3)))
         found[case.name, case.steps] = drawn
         print(*rows[-1].values(), sep=" | ", flush=True)
-    write(path, rows, cases[0].judge.words())
+    write(path, rows, cases[0].judges[0].words())
     labels = [f"{case.name} steps {case.steps}"[:40] for case in cases]
     save_rows(path, labels, [drawn.images for drawn in found.values()])
     if "frechet" in rows[0]:

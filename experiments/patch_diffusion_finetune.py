@@ -4,7 +4,7 @@ equal time?
     python experiments/patch_diffusion_finetune.py --quick              # trains the EDM first
     python experiments/patch_diffusion_finetune.py --run runs/edm --data photos
 
-Begins twice with the averaged weights of one EDM: as EDM again, on whole images, and as Patch
+Begins with the averaged weights of one EDM: as EDM again, on whole images, and as Patch
 Diffusion, on crops, for as many seconds (a short run of these tells the seconds of a step).
 Writes the error by noise level, the Frechet distance and a grid for both, and before.
 """
@@ -15,10 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.common import Setup, choose, prepare, train_once
 from experiments.judge import measure
-from experiments.report import claim, read_table, write_results
+from experiments.report import claim, seconds_of, write_results
+from experiments.verdict import decide
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_flag, run, script
 
+LEVEL = "rmse_1"
 FIRST = "--method edm --width 32 --mults 1 2 4 --attention 2 --P_mean 0"  # crops suit 3 levels
 KEPT = ("width", "mults", "blocks", "attention", "dropout", "sigma_data", "P_mean", "P_std")
 
@@ -32,6 +34,7 @@ def patch_diffusion_finetune(
     size: int | None = None,  # image size; default 32, quick 16
     steps: int | None = None,  # on whole images, crops get the time; default 5,000, quick 300
     n: int | None = None,  # samples of each; default 2,000, quick 128
+    seeds: int = 3,  # fine-tunings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
     flags: str = "",  # more of train.py's flags, in quotes
     out: str = "runs/patch-diffusion-finetune",  # folder of the runs and the table
@@ -42,33 +45,34 @@ def patch_diffusion_finetune(
     train_steps = choose(train_steps, quick, 600, 10_000)
     steps = choose(steps, quick, 300, 5000)
     n = choose(n, quick, 128, 2000)
-    setup = Setup(Path(out), data, size, steps, n, features, device, f"--no-compile {flags}")
+    flags = f"--no-compile {flags}"
+    setup = Setup(Path(out), data, size, steps, n, features, device, flags, seeds)
     prepare(setup, train_steps=train_steps)
     if run is None:
         run = train_once(setup._replace(steps=train_steps), f"{setup.stem}-first", FIRST)
-    words = words_of(run)
-    whole = f"--method edm {words}"
-    crops = f"--method patch_diffusion {words}"
+    whole = f"--method edm {words_of(run)}"
+    crops = f"--method patch_diffusion {words_of(run)}"
     rows = []
     results = []
 
     def add(training, count, line):
         name = f"{setup.stem}-{training}"
         results.append(measure(setup._replace(steps=count), name, line, 18))
-        rows.append(dict(training=training, steps=count, seconds=seconds_of(setup, name)))
+        took = seconds_of(results[-1].paths)
+        rows.append(dict(training=training, steps=count, seconds=took))
 
     add("before", 1, f"{whole} --lr 0")
     add("whole", steps, whole)
     as_long = rows[-1]["seconds"] / seconds_of_a_step(setup, crops)
     add("crops", max(1, round(as_long)), crops)
-    note = f"begun with {run}, {data}, {n} samples by Heun in 18 steps"
+    note = f"begun with {run}, {n} samples by Heun in 18 steps"
     write_results(setup.out / f"patch_diffusion_finetune-{setup.stem}.csv", rows, results, note)
-    ours = []
-    for row, result in zip(rows, results):
-        found = row | result.errors | dict(frechet=result.drawn.frechet)
-        ours.append("{training} {seconds} s: {rmse_1}, Frechet {frechet}".format(**found))
-    text = "crops fine-tune an EDM at least as well as whole images in equal time"
-    claim(f"{text} (Patch Diffusion)", "no figures", "rmse_1 " + "; ".join(ours))
+    before, of_whole, of_crops = results
+    means = [before.drawn.frechet, of_whole.drawn.frechet, of_crops.drawn.frechet]
+    verdict = decide(of_crops.drawn.distances, of_whole.drawn.distances)
+    errors = decide(of_crops.errors[LEVEL], of_whole.errors[LEVEL])
+    text = "crops are ahead of whole images in fine-tuning, in equal time (Patch Diffusion)"
+    claim(text, "", f"Frechet before, whole, crops {means}", f"{verdict}; by {LEVEL} {errors}")
 
 
 def words_of(run):
@@ -85,12 +89,8 @@ def words_of(run):
 
 def seconds_of_a_step(setup, words):
     short = setup._replace(steps=max(1, setup.steps // 5))
-    train_once(short, f"{setup.stem}-timed", words)
-    return max(seconds_of(setup, f"{setup.stem}-timed"), 0.001) / short.steps
-
-
-def seconds_of(setup, name):
-    return float(read_table(setup.out / name / "log.csv")[-1]["seconds"])
+    path = train_once(short, f"{setup.stem}-timed", words)
+    return max(0.001, seconds_of([path])) / short.steps
 
 
 main = script(patch_diffusion_finetune, __doc__)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.common import TWO_LEVELS, Setup, check_counts, choose, prepare
 from experiments.judge import measure
 from experiments.report import claim, write_results
+from experiments.verdict import decide
 from plumbing.flags import run, script
 
 # (target, weight)
@@ -36,6 +37,7 @@ def pdm_targets(
     steps: int | None = None,  # training steps of each; default 5,000, quick 250
     n: int | None = None,  # samples of each; default 1,000, quick 128
     chain: int = 50,  # sampling steps
+    seeds: int = 3,  # trainings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
     flags: str = "",  # more of train.py's flags, in quotes
     out: str = "runs/pdm-targets",  # folder of the runs, pdm_targets.csv and the grids
@@ -45,7 +47,7 @@ def pdm_targets(
     size = choose(size, quick, 16, 32)
     steps = choose(steps, quick, 250, 5000)
     n = choose(n, quick, 128, 1000)
-    setup = Setup(Path(out), data, size, steps, n, features, device, flags)
+    setup = Setup(Path(out), data, size, steps, n, features, device, flags, seeds)
     check_counts(1, patches=patches, chain=chain)
     prepare(setup)
     rows = [dict(P=P, predict=target, weight=w) for P in patches for target, w in CASES]
@@ -57,19 +59,25 @@ def pdm_targets(
         results.append(measure(setup, name, f"{words} --schedule {schedule}", chain))
     table = setup.out / f"pdm_targets-{setup.stem}-{schedule}.csv"
     write_results(table, rows, results, f"{n} samples in {chain} steps")
-    text = "x and v are robust targets, eps is not, least of all with patches (PDM)"
-    claim(text, "", "Frechet, best weight: " + ", ".join(best_of_each(rows, results)))
+    for P in patches:
+        of_P = [(row, result) for row, result in zip(rows, results) if row["P"] == P]
+        claim_for(P, best_of_each(of_P))
 
 
-def best_of_each(rows, results):
-    """Of each patch size and target the weight that draws best, and its distance, in words."""
+def best_of_each(cases):
+    """{target: (weight, Drawn)} of the weight with which each target draws best."""
     best = {}
-    for row, result in zip(rows, results):
-        case = (row["P"], row["predict"])
-        distance = result.drawn.frechet or 0
-        if case not in best or distance < best[case][0]:
-            best[case] = (distance, row["weight"])
-    return [f"P = {P} {name} {d} ({weight})" for (P, name), (d, weight) in sorted(best.items())]
+    for row, result in sorted(cases, key=lambda case: case[1].drawn.frechet or 0):
+        best.setdefault(row["predict"], (row["weight"], result.drawn))
+    return best
+
+
+def claim_for(P, best):
+    words = [f"{target} {drawn.frechet} ({weight})" for target, (weight, drawn) in best.items()]
+    x, v, eps = (best[target][1].distances for target in ("x", "v", "eps"))
+    verdict = f"x before eps: {decide(x, eps)}; v before eps: {decide(v, eps)}"
+    text = f"x and v are robust targets, eps is not, P = {P} (PDM)"
+    claim(text, "", "Frechet, best weight: " + ", ".join(words), verdict)
 
 
 main = script(pdm_targets, __doc__)

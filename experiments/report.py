@@ -2,6 +2,7 @@
 import csv
 import datetime
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,18 +26,22 @@ def write(path, rows, note):
     print(f"wrote {path}; {note}")
 
 
-def bits_and_error(report):
-    """The bits/dim of evaluate.py's report, and their standard error where there is one."""
-    nll = report["nll"]
-    error = nll["standard_error"]
-    bits = round(nll["bits_per_dim"], 3)
-    return dict(bits_per_dim=bits, error=None if error is None else round(error, 3))
+def mean_and_spread(name, values):
+    """Two columns of a table: the mean of the trainings, and their largest difference."""
+    spread = max(values) - min(values)
+    return {name: round(statistics.mean(values), 3), "spread": round(spread, 3)}
 
 
 def read_table(path):
     """The rows of a .csv, as dicts of words."""
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def seconds_of(paths):
+    """The seconds of training these checkpoints, their median."""
+    logs = [read_table(path.parent / "log.csv") for path in paths]
+    return statistics.median(float(log[-1]["seconds"]) for log in logs)
 
 
 def save_rows(path, labels, pictures):
@@ -54,7 +59,8 @@ def write_results(path, rows, results, note):
     curves = []
     for label, result in zip(labels, results):
         levels = [float(name.removeprefix("rmse_")) for name in result.errors]
-        curves.append(Curve(label, levels, list(result.errors.values())))
+        means = [statistics.mean(values) for values in result.errors.values()]
+        curves.append(Curve(label, levels, means))
     plot(path.with_suffix(".png"), curves, "sigma", "rmse", log="xy")
 
 
@@ -111,11 +117,12 @@ def plot(path, curves, x, y, log="x"):
 # The row
 
 
-def claim(text, paper, ours):
-    """Print a row: claim, the paper's figure, ours, command, machine, date."""
+def claim(text, paper, ours, verdict):
+    """Print a row: claim, the paper's figure, ours, verdict, command, machine, date."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     today = datetime.date.today()
-    print(f"| {text} | {paper} | {ours} | `{command}` | {machine()} | {today} |")
+    found = f"{text} | {paper} | {ours} | {verdict}"
+    print(f"| {found} | `{command}` | {machine()} | {today} |")
 
 
 def machine():

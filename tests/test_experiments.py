@@ -23,9 +23,11 @@ CLAIMS = [
     "edm_churn",
     "edm_churn_grid",
     "edm_training",
+    "edm_augmentation",
     "pdm_patches",
     "pdm_targets",
     "patch_diffusion_p",
+    "patch_diffusion_time",
     "patch_diffusion_finetune",
     "blur",
     "edm_trajectories",
@@ -39,22 +41,22 @@ TINY_PDM = "--width 8 --mults 1 --attention --grid 1 --batch 4 --T 22"
 # Each claim's command, its flags for train.py, and some of what it writes
 COMMANDS = {
     "ddpm_loss": (
-        "--steps 1 --bound_n 1 --n 2",
+        "--steps 1 --bound_n 1 --n 2 --seeds 2",
         f"{TINY} --T 22",
         "ddpm_loss-set-8.csv ddpm_loss-set-8-grid.png progressive-strip.png",
     ),
     "iddpm_schedule": (
-        "--steps 1 --T 22 --n 2",
+        "--steps 1 --T 22 --n 2 --seeds 2",
         TINY,
         "table2-set-8.csv fig2-set-8.csv fig1.csv fig3.png fig5.csv",
     ),
     "iddpm_steps": (
-        "--train_steps 1 --n 2",
+        "--train_steps 1 --n 2 --seeds 1",
         f"{TINY} --T 22",
         "iddpm_steps.csv iddpm_steps-grid.png",
     ),
     "edm_samplers": (
-        "--train_steps 1 --n 2",
+        "--train_steps 1 --n 2 --seeds 1",
         f"{TINY} --T 250",
         "edm_samplers.csv edm_samplers-grid.png",
     ),
@@ -64,32 +66,42 @@ COMMANDS = {
         "mixture.csv churn.csv churn-grid.png",
     ),
     "edm_churn_grid": (
-        "--train_steps 1 --n 2 --S_tmin 0 1 --S_tmax 50 --S_noise 1 1.003 --chain 2",
+        "--train_steps 1 --n 2 --seeds 1 --S_tmin 0 1 --S_tmax 50 --S_noise 1 1.003 --chain 2",
         TINY,
         "churn_grid.csv churn_grid-grid.png",
     ),
     "edm_training": (
-        "--steps 1 --n 2",
+        "--steps 1 --n 2 --seeds 1",
         TINY,
         "edm_training-set-8.csv edm_training-set-8-grid.png",
     ),
+    "edm_augmentation": (
+        "--steps 2 --n 2 --few 8 --seeds 1",
+        TINY,
+        "edm_augmentation-set-8.csv overfitting-set-8.csv edm_augmentation-set-8-grid.png",
+    ),
     "pdm_patches": (
-        "--steps 1 --n 2 --patches 4 2 --chain 2 --batch 2 --repeats 1",
+        "--steps 1 --n 2 --seeds 1 --patches 4 2 --chain 2 --batch 2 --repeats 1",
         TINY_PDM,
         "pdm_patches-set-8.csv pdm_patches-set-8-grid.png",
     ),
     "pdm_targets": (
-        "--steps 1 --n 2 --patches 4 --chain 2",
+        "--steps 1 --n 2 --seeds 1 --patches 4 --chain 2",
         TINY_PDM,
         "pdm_targets-set-8-linear.csv pdm_targets-set-8-linear-grid.png",
     ),
     "patch_diffusion_p": (
-        "--steps 1 --n 2 --small 3 --batch 2",
+        "--steps 1 --n 2 --seeds 1 --small 3 --batch 2",
         "--width 8 --mults 1 --attention --grid 1",
         "patch_diffusion_p-set-8.csv patch_diffusion_p-set-8-grid.png",
     ),
+    "patch_diffusion_time": (
+        "--steps 1 --timed 1 --n 2 --seeds 1 --few 8",
+        "--width 8 --mults 1 --attention --grid 1 --batch 4",
+        "patch_diffusion_time-set-8.csv patch_diffusion_time-set-8-grid.png",
+    ),
     "patch_diffusion_finetune": (
-        "--steps 1 --train_steps 1 --n 2",
+        "--steps 1 --train_steps 1 --n 2 --seeds 1",
         TINY,
         "patch_diffusion_finetune-set-8.csv patch_diffusion_finetune-set-8-grid.png",
     ),
@@ -183,7 +195,7 @@ def test_each_claim_comes_out_with_one_command(run, tmp_path, monkeypatch, name)
     assert no_distance or name == "iddpm_schedule"
     row = out.strip().splitlines()[-1]
     assert row.startswith("| ")
-    assert row.count("|") == 7
+    assert row.count("|") == 8
     assert f"`{name}.py --" in row
 
 
@@ -202,16 +214,20 @@ REFUSED = [
     ("edm_churn_grid", "--S_noise 1 -1"),
     ("edm_churn_grid", "--chain 0"),
     ("edm_training", "--n 1"),
+    ("edm_training", "--seeds 0"),
+    ("edm_augmentation", "--few 0"),
     ("pdm_patches", "--repeats 0"),
     ("pdm_patches", "--patches 2 0"),
     ("pdm_targets", "--chain 0"),
     ("patch_diffusion_p", "--batch -1"),
     ("patch_diffusion_p", "--n 100000000000000000000"),
+    ("patch_diffusion_time", "--timed 0"),
     ("patch_diffusion_finetune", "--train_steps 0"),
     ("blur", "run --limit 0"),
     ("edm_trajectories", "--steps 3"),
     ("edm_trajectories", "--out paths.txt"),
     ("tools.precision", "--steps -1"),
+    ("tools.precision", "--seeds 1"),
     ("tools.features", "--epochs 0"),
     ("tools.benchmark", "--repeats 0"),
     ("tools.kill", "--kills 0"),
@@ -251,15 +267,17 @@ def test_a_run_is_trained_measured_and_written_down(run, tmp_path):
     code, out, err = run("tools.precision", f"{line} --features mean.pt --steps 2")
     assert code == 0, err
     folder = tmp_path / "runs/precision"
-    fp32, bf16, other_seed = rows_of(folder / "precision.csv")
+    fp32, bf16 = rows_of(folder / "precision.csv")
     assert bf16["precision"] == "bf16"
     assert float(fp32["frechet"]) > 0
     assert float(fp32["spread"]) > 0
-    assert fp32["rmse_1"] != other_seed["rmse_1"]
-    assert len(rows_of(folder / "losses.csv")) == 6
+    assert fp32["rmse_1"] != bf16["rmse_1"]
+    assert len(rows_of(folder / "losses.csv")) == 8
+    trained = [checkpoint.read(folder / f"fp32-seed{k}/ckpt.pt") for k in (0, 1)]
+    assert [saved["config"]["seed"] for saved in trained] == [0, 1]
     assert (folder / "precision-grid.png").exists()
     assert "no precision.png: matplotlib is not installed" in out
-    assert out.strip().splitlines()[-1].startswith("| bf16 costs nothing")
+    assert out.strip().splitlines()[-1].startswith("| bf16 costs something")
     code, _, err = run("tools.precision", f"{line} --features mean.pt --steps 3")
     assert code == 2
     assert "is another run: --steps 2" in err
@@ -362,20 +380,21 @@ def test_the_search_for_churn_draws_by_every_combination_and_without():
         def chain(self, sampler, **options):
             return (sampler, options)
 
-    ode, low, high = cases_of(Judge(), 5, 20.0, [(0.0, 1.0, 1.007), (0.05, 50.0, 1.0)])
-    assert ode.run == ("heun", dict(steps=5))
+    grid = [(0.0, 1.0, 1.007), (0.05, 50.0, 1.0)]
+    ode, low, high = cases_of([Judge(), Judge()], 5, 20.0, grid)
+    assert ode.runs == [("heun", dict(steps=5))] * 2
     assert low.name == "0 to 1, S_noise 1.007"
     churn = dict(steps=5, S_churn=20.0, S_tmin=0.05, S_tmax=50.0, S_noise=1.0)
-    assert high.run == ("heun", churn)
+    assert high.runs == [("heun", churn)] * 2
 
 
-@pytest.mark.parametrize("of_best, words", [
-    ([50.0, 60.0], "no: nothing is below"),
-    ([30.0, 36.0], "not told apart, seeds differ by 20"),
-    ([9.0, 13.0], "yes: 11.0 by 0 to 1, 40.0 without churn"),
-    ([], "no distance"),
+@pytest.mark.parametrize("of_best, words, told", [
+    ([50.0, 60.0], "40.0 without churn", "no: nothing is below"),
+    ([34.0, 36.0], "35.0 by 0 to 1, 40.0 without churn", "not told apart: 0.6"),
+    ([9.0, 31.0], "20.0 by 0 to 1, 40.0 without churn", "yes: by 20"),
+    ([], "", "no distance"),
 ])
-def test_the_best_churn_counts_where_it_is_ahead_by_more_than_seeds_differ(of_best, words):
+def test_the_best_churn_counts_where_it_is_ahead_by_more_than_chance(of_best, words, told):
     from experiments.edm_churn_grid import ODE, verdict
     from experiments.judge import Drawn
 
@@ -383,7 +402,32 @@ def test_the_best_churn_counts_where_it_is_ahead_by_more_than_seeds_differ(of_be
     if not of_best:
         distances = dict.fromkeys(distances, [])
     drawn = {name: Drawn(None, values, 63, 0.1) for name, values in distances.items()}
-    assert verdict(drawn).startswith(words)
+    found, decided = verdict(drawn)
+    assert found == words
+    assert decided.startswith(told)
+
+
+@pytest.mark.parametrize("ours, other, words", [
+    ([1.0, 2.0, 3.0], [5.0, 6.0, 7.0], "yes: by 4.9 standard errors"),
+    ([5.0, 6.0, 7.0], [1.0, 2.0, 3.0], "no, higher: by 4.9 standard errors"),
+    ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], "not told apart: 1.2 standard errors; 8 trainings"),
+    ([1.0], [9.0], "one training decides nothing"),
+    ([], [], "nothing was measured"),
+    ([1.0, 2.0], [1.0, 2.0], "not told apart: 0.0 standard errors; they are equal"),
+])
+def test_a_difference_counts_from_twice_its_standard_error_on(ours, other, words):
+    from experiments.verdict import decide
+
+    assert decide(ours, other).startswith(words)
+
+
+def test_values_of_the_same_networks_are_compared_in_pairs():
+    from experiments.verdict import decide
+
+    ours = [10.0, 20.0, 30.0]
+    other = [11.0, 22.0, 33.0]  # 1, 2 and 3 more: 2 on average, and a standard error of .58
+    assert decide(ours, other).startswith("not told apart: 0.2")
+    assert decide(ours, other, paired=True) == "yes: by 3.5 standard errors"
 
 
 def test_the_mixtures_denoiser_is_its_posterior_mean(run):

@@ -137,7 +137,7 @@ def speed(report, numbers, device):
         width = sizes.get("width", numbers.widths[0])
         how = "compiled" if compile == "yes" else "eager"
         what = f"{method} {precision} {layout} {how}, batch {batch}, width {width}"
-        case = parts.case_of(method, numbers.size, batch, width, precision, compile)
+        case = parts.speed_case(method, numbers.size, batch, width, precision, compile)
         report.measure(what, parts.step_speed, case, layout, device, numbers.count)
 
     for method, precision in itertools.product(METHODS, ("fp32", "tf32", "bf16")):
@@ -149,7 +149,8 @@ def speed(report, numbers, device):
         measure(method, layout="contiguous")
     for precision, width, name in itertools.product(("fp32", "bf16"), numbers.widths, PEERS):
         batch = numbers.batches[0]
-        case = parts.case_of("ddpm", numbers.size, batch, width, precision, "no", (1, 2, 2, 2))
+        sizes = (numbers.size, batch, width)
+        case = parts.speed_case("ddpm", *sizes, precision, "no", (1, 2, 2, 2))
         what = f"ddpm against {name}, {precision}, batch {batch}, width {width}"
         report.measure(what, parts.against, name, case, device, numbers.count, 3)
     for method in METHODS:

@@ -15,8 +15,7 @@ import sample
 import train
 from experiments import costs
 from experiments.common import Setup, train_once
-from experiments.judge import Case as Sampler
-from experiments.judge import Judge, compare
+from experiments.judge import Judge, case_of, compare
 from experiments.report import read_table
 from experiments.tools import features, timers
 from experiments.tools.benchmark import Case, config_of, count_flops, in_turns
@@ -136,7 +135,7 @@ class Step:
         return len(self.x) * count / (timers.clock(self.device) - start)
 
 
-def case_of(method, size, batch, width, precision="bf16", compile="no", mults=()):
+def speed_case(method, size, batch, width, precision="bf16", compile="no", mults=()):
     return Case(method, size, batch, precision, compile, config_of(method, width, mults))
 
 
@@ -198,13 +197,13 @@ def samplers(report, numbers, device):
     with quiet(report.log("digits")):
         path = train_once(setup, "pdm", f"--method pdm --patch 4 {numbers.first}")
         table = features_of("digits", numbers.size, 3, out / "features.pt", device)
-        judge = Judge(path, table, numbers.n, seeds=1, device=device.type)
+        judge = Judge(path, table, numbers.n, device=device.type)
         few = min(50, judge.method.T)
         cases = [
-            Sampler("chain", judge.method.T, judge.chain(), judge),
-            Sampler("chain", few, judge.chain(steps=few), judge),
-            Sampler("DDIM", few, judge.chain(steps=few, eta=0.0), judge),
-            Sampler("Heun", 18, judge.chain("heun", steps=18), judge),
+            case_of([judge], "chain", judge.method.T, "own"),
+            case_of([judge], "chain", few, "own"),
+            case_of([judge], "DDIM", few, "own", eta=0.0),
+            case_of([judge], "Heun", 18, "heun"),
         ]
         found = compare(cases, report.out / "sampling-digits.csv", "evaluations")
     row = {}
@@ -241,7 +240,7 @@ def cifar_call(name, flags, data, seconds, report, numbers, device):
     size = saved["shape"][1]
     with quiet(log):
         path = features_of(data, size, numbers.epochs, report.out / "features.pt", device)
-        judge = Judge(folder, path, numbers.n, seeds=1, device=device.type)
+        judge = Judge(folder, path, numbers.n, device=device.type)
         drawn = judge.draw(judge.chain("heun", steps=18))
         picture = report.out / f"cifar-{name}-{saved['step']:07d}.png"
         grid = f"--class all --guidance 2 --sampler heun --device {device.type}"
@@ -305,7 +304,7 @@ def too_large(report, numbers, device):
 def halved(report, numbers, device):
     """Sizes of the batches in which drawing ends, where all at once do not fit."""
     count, size = numbers.halved
-    method = checkpoint.build(case_of("ddpm", size, 1, numbers.widths[0]).about())
+    method = checkpoint.build(speed_case("ddpm", size, 1, numbers.widths[0]).about())
     method = devices.to_device(method, device).eval().requires_grad_(False)
     sizes = []
 
