@@ -62,6 +62,8 @@ def prepare(setup, **counts):
     """UserError for what would fail after training: numbers, features, a folder to write in."""
     check_counts(1, **counts, size=setup.size, steps=setup.steps, seeds=setup.seeds)
     check_counts(2, n=setup.n)
+    if "--seed" in setup.flags.replace("=", " ").split():
+        raise UserError("--flags takes no --seed: each training has its own, by --seeds")
     check_features(setup.features)
     make_folder(setup.out)
 
@@ -94,6 +96,8 @@ def train_once(setup, name, flags):
     every = min(setup.steps, 5000)
     line = f"--steps {setup.steps} --batch 32 --every {every} --grid 16 --size {setup.size}"
     words = [*shlex.split(f"{line} {flags} {setup.flags}"), "--data", setup.data]
+    if setup.device is not None:
+        words += ["--device", setup.device]
     asked = shlex.join(words)
     if path.exists():
         before = about.read_text(encoding="utf-8") if about.exists() else "of unknown flags"
@@ -102,8 +106,6 @@ def train_once(setup, name, flags):
         if checkpoint.read(path)["step"] >= setup.steps:
             return path
         words.append("--resume")
-    if setup.device is not None:
-        words += ["--device", setup.device]
     make_folder(run)
     about.write_text(asked, encoding="utf-8")
     train.main([*words, "--out", str(run)])

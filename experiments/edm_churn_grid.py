@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.common import Setup, check_counts, choose, prepare, three_levels
 from experiments.judge import case_of, compare, judges_of
 from experiments.report import claim
-from experiments.verdict import decide
+from experiments.verdict import decide, repeats_of
 from plumbing.flags import run, script
 
 ODE = "no churn"
@@ -37,7 +37,7 @@ def edm_churn_grid(
     n: int | None = None,  # images of each; default 2,000, quick 128
     seeds: int = 3,  # trainings, or where checkpoints are given times that each is drawn
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/edm-churn",  # folder of the table
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -54,8 +54,9 @@ def edm_churn_grid(
     drawn = compare(cases, setup.out / "churn_grid.csv", "evaluations")
     text = "a search finds churn that draws better than none (EDM, Table 5)"
     paper = "its own network on ImageNet-64: .05 to 50, S_noise 1.003; on CIFAR-10 no churn"
-    best, words = verdict({name: one for (name, _), one in drawn.items()})
-    claim(text, paper, best, words)
+    repeats = repeats_of(path)
+    best, told = verdict({name: one for (name, _), one in drawn.items()}, repeats)
+    claim(text, paper, best, told)
 
 
 def cases_of(judges, steps, S_churn, grid):
@@ -68,15 +69,16 @@ def cases_of(judges, steps, S_churn, grid):
     return cases
 
 
-def verdict(drawn):
+def verdict(drawn, repeats="trainings"):
     """Which row is best, and whether that is more than chance; drawn: {name: Drawn}."""
     if drawn[ODE].frechet is None:
         return "", "no distance was measured"
     best = min(drawn, key=lambda name: drawn[name].frechet)
     if best == ODE:
-        return f"{drawn[ODE].frechet} without churn", "no: nothing is below"
+        return f"{drawn[ODE].frechet} without churn", "no row is below it"
     words = f"{drawn[best].frechet} by {best}, {drawn[ODE].frechet} without churn"
-    return words, decide(drawn[best].distances, drawn[ODE].distances, paired=True)
+    told = decide(drawn[best].distances, drawn[ODE].distances, True, repeats)
+    return words, f"{told}; the best of {len(drawn) - 1} rows"
 
 
 main = script(edm_churn_grid, __doc__)

@@ -34,7 +34,7 @@ def edm_training(
     n: int | None = None,  # samples of each; default 2,000, quick 128
     seeds: int = 3,  # trainings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/edm-training",  # folder of the runs and the table
     device: str | None = None,  # cuda, mps or cpu
 ):

@@ -34,7 +34,7 @@ def iddpm_schedule(
     n: int | None = None,  # images to measure; default 128, quick 64
     train_runs: bool = True,  # --no-train_runs: the figures that need no network
     seeds: int = 3,  # trainings of each; their means and their scatter decide
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/iddpm-schedule",  # folder of runs, tables and pictures
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -76,7 +76,7 @@ def iddpm_schedule(
     linear, cosine, hybrid, vlb = bits
     claim_order("the cosine schedule codes better", "3.37 and 3.26", cosine, linear)
     claim_order("the hybrid objective codes better", "3.26 and 3.17", hybrid, cosine)
-    claim_order("L_vlb codes best", "3.17 and 2.94", vlb, hybrid)
+    claim_order("L_vlb codes better than the hybrid", "3.17 and 2.94", vlb, hybrid)
 
 
 def claim_order(text, paper, better, worse):

@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.common import Setup, choose, prepare, three_levels
 from experiments.judge import Case, case_of, compare, judges_of
 from experiments.report import claim
-from experiments.verdict import decide
+from experiments.verdict import decide, repeats_of
 from plumbing.drawing import changed
 from plumbing.flags import UserError, run, script
 
 SHORT = (10, 25, 50, 100)
 LONG = (25, 50, 100, 200, 400, 1000)
 FIXED = {"fixed, beta": "large", "fixed, beta_tilde": "small"}
+ORDER = [("learned", "fixed, beta"), ("learned", "fixed, beta_tilde"), ("DDIM", "learned")]
 
 
 def iddpm_steps(
@@ -36,7 +37,7 @@ def iddpm_steps(
     seeds: int = 3,  # trainings, or where checkpoints are given times that each is drawn
     batch: int | None = None,  # images at a time; default 64, on CUDA 500
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/iddpm-steps",  # folder of iddpm_steps.csv, .png and the grid
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -54,18 +55,18 @@ def iddpm_steps(
     if [getattr(judges[0].method, "learned", None) for judges in (one, two)] != [True, False]:
         kinds = "of iddpm --objective hybrid or vlb, and of --objective simple"
         raise UserError(f"{learned} and {fixed} must be {kinds}")
-    T = min(one[0].method.T, two[0].method.T)
+    T = min(judges[0].method.T for judges in (one, two))
     lengths = [steps for steps in choose(None, quick, SHORT, LONG) if steps <= T]
     if not lengths:
         raise UserError(f"{learned} and {fixed} have too few steps to leave any out")
     found = compare(cases_of(one, two, lengths), setup.out / "iddpm_steps.csv", "steps")
     few = lengths[0]
-    learned = found["learned", few]
-    for name in (*FIXED, "DDIM"):
-        other = found[name, few]
-        ours = f"Frechet {learned.frechet} and {other.frechet}"
-        text = f"a learned variance is ahead in {few} steps of {name} (Improved DDPM, Fig. 8)"
-        claim(text, "", ours, decide(learned.distances, other.distances))
+    for name, other in ORDER:
+        ahead = found[name, few]
+        behind = found[other, few]
+        text = f"{name} is ahead of {other} in {few} steps (Improved DDPM, Fig. 8)"
+        verdict = decide(ahead.distances, behind.distances, repeats=repeats_of(learned))
+        claim(text, "", f"Frechet {ahead.frechet} and {behind.frechet}", verdict)
 
 
 def cases_of(one, two, lengths):

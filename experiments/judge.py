@@ -56,7 +56,8 @@ class Result(NamedTuple):
 class Judge:
     """Draws from a checkpoint and compares with its data; without features it only draws."""
 
-    def __init__(self, path, features, n, seed=0, batch=None, device=None):
+    def __init__(self, path, features, n, seed=0, batch=None, device=None, like=None):
+        """like: a judge of the same data, whose images and features are taken."""
         self.method, self.saved = checkpoint.load(path, device=device)
         self.device = next(self.method.parameters()).device
         self.n = n
@@ -65,16 +66,25 @@ class Judge:
         self.labels = None
         if self.saved["classes"]:
             self.labels = torch.arange(n) % len(self.saved["classes"])
+        if like is None:
+            self.look_at_data(path, features)
+        else:
+            self.learned, self.held_out = like.learned, like.held_out
+            self.network, self.known = like.network, like.known
+
+    def look_at_data(self, path, features):
+        """The images learned and held out; the features, and their statistics of all images."""
         source = self.saved["config"]["data"]
-        self.trained_on, self.held_out = data_of(path, self.saved, source)
-        features = features_file(features, source, self.saved["shape"], device)
+        x, self.learned, self.held_out = data_of(path, self.saved, source)
+        features = features_file(features, source, self.saved["shape"], self.device.type)
         self.network = None
+        self.known = None
         if features:
             self.network = Features(features, self.saved["shape"], self.device)
-            known = self.trained_on.x
-            self.known = self.network.statistics(known, source, FEATURES_BATCH)
-            if n <= self.network.dimensions:
-                print(f"warning: {n} images are few for {self.network.dimensions} features")
+            self.known = self.network.statistics(x, source, FEATURES_BATCH)
+            if self.n <= self.network.dimensions:
+                few = f"{self.n} images are few for {self.network.dimensions} features"
+                print(f"warning: {few}")
 
     def chain(self, sampler="own", **options):
         """A sampler of sample.py under these options; no more steps than the method has."""
@@ -96,7 +106,7 @@ class Judge:
 
     def errors(self, path):
         """{"rmse_<sigma>": error on held-out images}; more of it in a .csv."""
-        some = self.trained_on._replace(x=self.trained_on.x[:5000])
+        some = self.learned._replace(x=self.learned.x[:5000])
         D = denoiser(self.method)
         rows = errors(D, some, self.held_out, 64, 0, self.device)
         write_table(path, rows)
@@ -111,9 +121,17 @@ class Judge:
 def judges_of(setup, path, name, flags, batch=None):
     """A Judge for each training of a case; of a checkpoint that is given, for each noise."""
     paths = [path] * setup.seeds if path is not None else train_each(setup, name, flags)
-    features = setup.features
-    device = setup.device
-    return [Judge(p, features, setup.n, k, batch, device) for k, p in enumerate(paths)]
+    return judges_for(setup, paths, batch)
+
+
+def judges_for(setup, paths, batch=None):
+    """A Judge for each checkpoint, with a noise of its own; all are of the same data."""
+    judges = []
+    for seed, path in enumerate(paths):
+        like = judges[0] if judges else None
+        given = (setup.features, setup.n, seed, batch, setup.device, like)
+        judges.append(Judge(path, *given))
+    return judges
 
 
 def joined(drawn):
@@ -124,15 +142,17 @@ def joined(drawn):
 
 
 def data_of(path, saved, source):
-    """Data trained on and Data held out; never an image that --overfit trained on."""
+    """Images but those held out, Data trained on, Data held out from all and from --overfit."""
     x, labels = load_like(saved, source)
-    (trained_on, _), (held_out, _) = hold_out(x, labels, 0)
-    learned = evenly(saved["config"]["overfit"], len(x))
-    held_out = held_out[~torch.isin(evenly(len(held_out), len(x)), learned)]
+    (others, _), (held_out, _) = hold_out(x, labels, 0)
+    overfit = saved["config"]["overfit"]
+    (learned, _), _ = hold_out(x, labels, overfit)
+    few = evenly(overfit, len(x))
+    held_out = held_out[~torch.isin(evenly(len(held_out), len(x)), few)]
     if not len(held_out):
         raise UserError(f"{path} was trained on every image that could measure it")
-    known = Data(trained_on, None, source, f"images of {source}")
-    return known, Data(held_out, None, source, f"held-out images of {source}")
+    learned = Data(learned, None, source, f"images of {source}")
+    return others, learned, Data(held_out, None, source, f"held-out images of {source}")
 
 
 def features_file(name, data, shape, device):
@@ -166,9 +186,9 @@ def measure(setup, name, flags, steps):
     paths = train_each(setup, name, flags)
     drawn = []
     errors = {}
-    for k, path in enumerate(paths):
-        judge = Judge(path, setup.features, setup.n, k, device=setup.device)
-        for level, error in judge.errors(setup.out / f"{name}-seed{k}-error.csv").items():
+    for judge in judges_for(setup, paths):
+        table = setup.out / f"{name}-seed{judge.seed}-error.csv"
+        for level, error in judge.errors(table).items():
             errors.setdefault(level, []).append(error)
         drawn.append(judge.draw(judge.chain(steps=steps)))
     images.save_grid(drawn[0].images[:64], setup.out / f"{name}.png")

@@ -75,10 +75,11 @@ class Distances(NamedTuple):
 
     error: float  # of the denoiser
     evaluations: int
-    distances: dict  # {sampler: mean over the seeds}
+    distances: dict  # {sampler: a value for each seed}
 
     def columns(self):
-        return dict(error=self.error, evaluations=self.evaluations) | self.distances
+        means = {name: round(statistics.mean(d), 5) for name, d in self.distances.items()}
+        return dict(error=self.error, evaluations=self.evaluations) | means
 
 
 def distances_of(n, seeds):
@@ -91,21 +92,21 @@ def distances_of(n, seeds):
         for evaluations in (35, 79, 159):
             steps = (evaluations + 1) // 2
             options = dict(steps=evaluations)
-            found = {"euler_maruyama": mean(euler_maruyama, error, truth, seeds, options)}
+            found = {"euler_maruyama": distances(euler_maruyama, error, truth, seeds, options)}
             for share in CHURNS:
                 options = dict(steps=steps, S_churn=share * steps)
                 name = f"algorithm_2_churn_{share:g}"
-                found[name] = mean(ode_sample, error, truth, seeds, options)
+                found[name] = distances(ode_sample, error, truth, seeds, options)
             rows.append(Distances(error, evaluations, found))
     return rows
 
 
-def mean(sampler, error, truth, seeds, options):
-    """A sampler's distance from the truth, a mean over the seeds."""
+def distances(sampler, error, truth, seeds, options):
+    """A sampler's distances from the truth, one for each seed."""
     found = []
     for _ in range(seeds):
         noise = torch.randn(len(truth), 1, 1, 1, dtype=torch.float64)
         for step in sampler(Mixture(error), noise, **options):
             x, _ = step
         found.append(wasserstein(x, truth))
-    return round(statistics.mean(found), 5)
+    return found

@@ -5,7 +5,7 @@ equal time?
     python experiments/patch_diffusion_finetune.py --run runs/edm --data photos
 
 Begins with the averaged weights of one EDM: as EDM again, on whole images, and as Patch
-Diffusion, on crops, for as many seconds (a short run of these tells the seconds of a step).
+Diffusion, on crops, for as many seconds (short runs of both, in turns, tell the steps).
 Writes the error by noise level, the Frechet distance and a grid for both, and before.
 """
 import shlex
@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.common import Setup, choose, prepare, train_once
+from experiments.equal_time import seconds_of, steps_in_that_time
 from experiments.judge import measure
-from experiments.report import claim, seconds_of, write_results
+from experiments.report import claim, write_results
 from experiments.verdict import decide
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_flag, run, script
@@ -36,7 +37,7 @@ def patch_diffusion_finetune(
     n: int | None = None,  # samples of each; default 2,000, quick 128
     seeds: int = 3,  # fine-tunings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/patch-diffusion-finetune",  # folder of the runs and the table
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -63,8 +64,7 @@ def patch_diffusion_finetune(
 
     add("before", 1, f"{whole} --lr 0")
     add("whole", steps, whole)
-    as_long = rows[-1]["seconds"] / seconds_of_a_step(setup, crops)
-    add("crops", max(1, round(as_long)), crops)
+    add("crops", steps_in_that_time(setup, whole, crops, max(1, steps // 5)), crops)
     note = f"begun with {run}, {n} samples by Heun in 18 steps"
     write_results(setup.out / f"patch_diffusion_finetune-{setup.stem}.csv", rows, results, note)
     before, of_whole, of_crops = results
@@ -85,12 +85,6 @@ def words_of(run):
     if saved["classes"]:
         words.append("--conditional")
     return " ".join([f"--init {shlex.quote(str(run))}", *words])
-
-
-def seconds_of_a_step(setup, words):
-    short = setup._replace(steps=max(1, setup.steps // 5))
-    path = train_once(short, f"{setup.stem}-timed", words)
-    return max(0.001, seconds_of([path])) / short.steps
 
 
 main = script(patch_diffusion_finetune, __doc__)

@@ -7,19 +7,19 @@ Trains on whole images alone, p = 1, then with crops, p = 0.5, as many steps as 
 time, on all images and on a few; writes the error by noise level, the Frechet distance and a
 grid for each. A step is timed in short runs of both, in turns.
 """
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.common import Setup, check_counts, choose, prepare, train_once
+from experiments.common import Setup, check_counts, choose, prepare
+from experiments.equal_time import steps_in_that_time
 from experiments.judge import measure
-from experiments.report import claim, seconds_of, write_results
+from experiments.report import claim, write_results
 from experiments.verdict import decide
+from plumbing.drawing import check_range
 from plumbing.flags import run, script
 
-WORDS = "--method patch_diffusion --P_mean 0 --p_full"
-TURNS = 3
+WORDS = "--method patch_diffusion --P_mean 0 --no-compile --p_full"
 LEVEL = "rmse_1"
 
 
@@ -28,14 +28,14 @@ def patch_diffusion_time(
     quick: bool = False,  # 16x16 and 2,000 steps on whole images, for two CPU cores
     data: str = "digits",  # or what train.py's --data takes
     size: int | None = None,  # image size; default 32, quick 16
-    p: float = 0.5,  # share of whole images beside the crops
+    p: float = 0.5,  # share of steps on whole images beside the crops, under 1
     steps: int | None = None,  # on whole images, crops get the time; default 30,000, quick 2000
     timed: int | None = None,  # steps of a run that times; default 500, quick 200
     few: int = 500,  # images of the small data set
     n: int | None = None,  # samples of each; default 2,000, quick 128
     seeds: int = 3,  # trainings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/patch-diffusion-time",  # folder of the runs and the table
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -46,9 +46,9 @@ def patch_diffusion_time(
     n = choose(n, quick, 128, 2000)
     setup = Setup(Path(out), data, size, steps, n, features, device, flags, seeds)
     check_counts(1, few=few, timed=timed)
+    check_range("p", p, 0, 0.999)
     prepare(setup)
-    faster = speedup(setup._replace(steps=timed), p)
-    of_crops = max(1, round(steps * faster))
+    of_crops = steps_in_that_time(setup, f"{WORDS} 1", f"{WORDS} {p}", timed)
     rows = []
     results = []
     for images in ("all", few):
@@ -58,6 +58,7 @@ def patch_diffusion_time(
             name = f"{setup.stem}-{images}-p{share:g}-{count}"
             line = f"{WORDS} {share} --overfit {overfit}"
             results.append(measure(setup._replace(steps=count), name, line, 18))
+    faster = of_crops / steps
     note = f"{data}, crops are {faster:.2f} times as fast, {n} samples by Heun in 18 steps"
     write_results(setup.out / f"patch_diffusion_time-{setup.stem}.csv", rows, results, note)
     for images, whole, crops in (("all", *results[:2]), (few, *results[2:])):
@@ -66,16 +67,6 @@ def patch_diffusion_time(
         errors = decide(crops.errors[LEVEL], whole.errors[LEVEL])
         text = f"crops are ahead in equal time, {images} images (Patch Diffusion)"
         claim(text, "", ours, f"{verdict}; by {LEVEL} {errors}")
-
-
-def speedup(setup, p):
-    """How many times as many steps with crops as on whole images; the median of three turns."""
-    ratios = []
-    for k in range(TURNS):
-        whole = train_once(setup, f"{setup.stem}-timed-p1-{k}", f"{WORDS} 1")
-        crops = train_once(setup, f"{setup.stem}-timed-p{p:g}-{k}", f"{WORDS} {p}")
-        ratios.append(seconds_of([whole]) / max(0.001, seconds_of([crops])))
-    return statistics.median(ratios)
 
 
 main = script(patch_diffusion_time, __doc__)

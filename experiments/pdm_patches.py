@@ -17,7 +17,7 @@ from experiments.judge import measure
 from experiments.report import claim, write, write_results
 from experiments.verdict import decide
 from plumbing import device as devices
-from plumbing.flags import run, script
+from plumbing.flags import UserError, run, script
 
 LEVELS = ("rmse_0.2", "rmse_5")  # low noise and high
 
@@ -36,7 +36,7 @@ def pdm_patches(
     seeds: int = 3,  # trainings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
     speed: bool = False,  # only time and weigh untrained networks
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/pdm-patches",  # folder of the runs, pdm_patches.csv and the grids
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -47,12 +47,14 @@ def pdm_patches(
     n = choose(n, quick, 128, 2000)
     setup = Setup(Path(out), data, size, steps, n, features, device, flags, seeds)
     check_counts(1, patches=patches, chain=chain, batch=batch, repeats=repeats)
+    if len(set(patches)) < 2:
+        raise UserError("--patches takes two sizes or more, to compare")
     prepare(setup)
     costs = costs_of(size, patches, batch, repeats, devices.pick(device))
-    rows = [dict(P=P) | cost.columns(costs[patches[0]]) for P, cost in costs.items()]
+    rows = [dict(P=P) | cost.columns(costs[min(patches)]) for P, cost in costs.items()]
     note = f"{n} samples in {chain} steps"
-    first = patches[0]
-    last = 4 if 4 in patches else patches[-1]
+    first = min(patches)
+    last = 4 if 4 in patches and first < 4 else max(patches)
     found = rows[patches.index(last)]
     ours = f"P = {last} against {first}: {found['speedup']}x, memory {found['memory_ratio']}"
     times = (last / first) ** 2
@@ -72,10 +74,10 @@ def pdm_patches(
 
 def claim_errors(first, fine, last, coarse):
     """Where the errors of two patch sizes part: at low noise, and not at high."""
-    means = f"Frechet {fine.drawn.frechet} and {coarse.drawn.frechet}"
-    low, high = (decide(fine.errors[level], coarse.errors[level]) for level in LEVELS)
-    text = f"P = {first} errs less than P = {last} at low noise only (PDM)"
-    claim(text, "", means, f"at sigma = .2 {low}; at 5 {high}")
+    for level in LEVELS:
+        text = f"P = {first} errs less than P = {last}, {level} (PDM: at low noise only)"
+        ours = f"{fine.columns()[level]} and {coarse.columns()[level]}"
+        claim(text, "", ours, decide(fine.errors[level], coarse.errors[level]))
 
 
 main = script(pdm_patches, __doc__)

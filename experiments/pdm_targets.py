@@ -39,7 +39,7 @@ def pdm_targets(
     chain: int = 50,  # sampling steps
     seeds: int = 3,  # trainings of each; their means and their scatter decide
     features: str | None = None,  # TorchScript file; default one is trained; none: no distance
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     out: str = "runs/pdm-targets",  # folder of the runs, pdm_targets.csv and the grids
     device: str | None = None,  # cuda, mps or cpu
 ):
@@ -75,9 +75,9 @@ def best_of_each(cases):
 def claim_for(P, best):
     words = [f"{target} {drawn.frechet} ({weight})" for target, (weight, drawn) in best.items()]
     x, v, eps = (best[target][1].distances for target in ("x", "v", "eps"))
-    verdict = f"x before eps: {decide(x, eps)}; v before eps: {decide(v, eps)}"
-    text = f"x and v are robust targets, eps is not, P = {P} (PDM)"
-    claim(text, "", "Frechet, best weight: " + ", ".join(words), verdict)
+    verdict = f"x: {decide(x, eps)}; v: {decide(v, eps)}"
+    text = f"x and v draw better than eps, each with its best weight, P = {P} (PDM)"
+    claim(text, "", "Frechet " + ", ".join(words), verdict)
 
 
 main = script(pdm_targets, __doc__)

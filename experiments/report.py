@@ -38,12 +38,6 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
-def seconds_of(paths):
-    """The seconds of training these checkpoints, their median."""
-    logs = [read_table(path.parent / "log.csv") for path in paths]
-    return statistics.median(float(log[-1]["seconds"]) for log in logs)
-
-
 def save_rows(path, labels, pictures):
     """Beside the table `path`, a grid that shows eight images of each row next to its label."""
     shown = torch.cat([x[:SHOWN].cpu() for x in pictures])

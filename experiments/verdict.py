@@ -1,38 +1,37 @@
-"""When do two cases count as told apart? Values are one for each training, lower is better."""
+"""When do two cases count as told apart? Their values are one for each training."""
 import math
 import statistics
 
 TOLD = 2  # standard errors of the difference
 
 
-def decide(ours, other, paired=False):
+def decide(ours, other, paired=False, repeats="trainings"):
     """Whether `ours` are lower than `other`, in words.
 
     paired: the k-th values are of the same network, so that only their differences scatter.
+    repeats: what a value is one of. Of three equal trainings each, one pair in eight is told
+    apart by chance; of pairs, one in five. ValueError for lists of unequal length.
     """
     if not ours or not other:
         return "nothing was measured"
     count = len(ours)
     if count < 2:
-        return "one training decides nothing"
-    difference = statistics.mean(other) - statistics.mean(ours)
+        return f"one of the {repeats} decides nothing"
+    differences = [b - a for a, b in zip(ours, other, strict=True)]
+    difference = statistics.mean(differences)
+    scatter = statistics.variance(ours) + statistics.variance(other)
     if paired:
-        scatter = statistics.variance(b - a for a, b in zip(ours, other))
-    else:
-        scatter = statistics.variance(ours) + statistics.variance(other)
-    error = math.sqrt(scatter / count)
-    if abs(difference) <= TOLD * error:
-        apart = abs(difference) / max(error, 1e-12)
-        return f"not told apart: {apart:.1f} standard errors; {needed(difference, scatter)}"
+        scatter = statistics.variance(differences)
+    if difference == 0 or scatter == 0:
+        return f"the {repeats} do not differ"
+    apart = abs(difference) / math.sqrt(scatter / count)
+    if apart <= TOLD:
+        enough = math.floor(TOLD**2 * scatter / difference**2) + 1
+        return f"not told apart: {apart:.1f} standard errors; {enough:,} {repeats} would tell"
     word = "yes" if difference > 0 else "no, higher"
-    if error == 0:
-        return word
-    return f"{word}: by {abs(difference) / error:.1f} standard errors"
+    return f"{word}: by {apart:.1f} standard errors"
 
 
-def needed(difference, scatter):
-    """How many trainings would tell, if means and scatter stayed as they are."""
-    if difference == 0:
-        return "they are equal"
-    count = TOLD**2 * scatter / difference**2
-    return f"{math.ceil(count):,} trainings of each would tell"
+def repeats_of(checkpoint):
+    """What values are one of: draws, where a checkpoint is given, and so of this one alone."""
+    return "trainings" if checkpoint is None else "draws of what was given"

@@ -218,10 +218,13 @@ REFUSED = [
     ("edm_augmentation", "--few 0"),
     ("pdm_patches", "--repeats 0"),
     ("pdm_patches", "--patches 2 0"),
+    ("pdm_patches", "--patches 4 4"),
     ("pdm_targets", "--chain 0"),
     ("patch_diffusion_p", "--batch -1"),
     ("patch_diffusion_p", "--n 100000000000000000000"),
     ("patch_diffusion_time", "--timed 0"),
+    ("patch_diffusion_time", "--p 1"),
+    ("edm_training", "--flags '--seed 3'"),
     ("patch_diffusion_finetune", "--train_steps 0"),
     ("blur", "run --limit 0"),
     ("edm_trajectories", "--steps 3"),
@@ -277,10 +280,29 @@ def test_a_run_is_trained_measured_and_written_down(run, tmp_path):
     assert [saved["config"]["seed"] for saved in trained] == [0, 1]
     assert (folder / "precision-grid.png").exists()
     assert "no precision.png: matplotlib is not installed" in out
-    assert out.strip().splitlines()[-1].startswith("| bf16 costs something")
+    assert out.strip().splitlines()[-1].startswith("| fp32 draws better")
     code, _, err = run("tools.precision", f"{line} --features mean.pt --steps 3")
     assert code == 2
     assert "is another run: --steps 2" in err
+
+
+def test_a_verdict_rests_on_the_trainings_or_on_the_draws_of_a_given_one(run, tmp_path):
+    torch.jit.script(Mean()).save("mean.pt")
+    write_images()
+    grid = "--S_tmin 0 --S_tmax 50 --S_noise 2 --chain 2 --n 8 --features mean.pt --seeds 2"
+    rest = f"{grid} --data set.npy --size 8 --train_steps 1 --out it --flags '{TINY}'"
+    code, out, err = run("edm_churn_grid", f"--quick {rest}")
+    assert code == 0, err
+    assert sorted(p.parent.name for p in tmp_path.glob("it/*/ckpt.pt")) == [
+        "edm-set-8-seed0",
+        "edm-set-8-seed1",
+    ]
+    assert float(rows_of(tmp_path / "it/churn_grid.csv")[0]["spread"]) > 0
+    assert "standard errors" in out.splitlines()[-1] or "no row" in out.splitlines()[-1]
+    code, out, err = run("edm_churn_grid", f"it/edm-set-8-seed0 --quick {rest}")
+    assert code == 0, err
+    assert float(rows_of(tmp_path / "it/churn_grid.csv")[0]["spread"]) > 0
+    assert "trainings" not in out.splitlines()[-1]
 
 
 def test_an_interrupted_run_goes_on_and_another_one_is_refused(run, tmp_path):
@@ -351,12 +373,13 @@ def test_held_out_images_are_none_that_a_small_set_trained_on(run):
     write_images()
     saved = dict(shape=[3, 8, 8], classes=[], latents=False)
     saved["config"] = dict(data="set.npy", overfit=20)
-    _, held_out = data_of("run", saved, "set.npy")
+    _, learned_data, held_out = data_of("run", saved, "set.npy")
     images = np.load("set.npy").transpose(0, 3, 1, 2)
     learned = {images[i].tobytes() for i in np.linspace(0, 79, 20).astype(int)}
     kept = {image.numpy().tobytes() for image in held_out.x}
     assert kept
     assert not learned & kept
+    assert {image.numpy().tobytes() for image in learned_data.x} == learned
 
 
 def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
@@ -389,7 +412,7 @@ def test_the_search_for_churn_draws_by_every_combination_and_without():
 
 
 @pytest.mark.parametrize("of_best, words, told", [
-    ([50.0, 60.0], "40.0 without churn", "no: nothing is below"),
+    ([50.0, 60.0], "40.0 without churn", "no row is below"),
     ([34.0, 36.0], "35.0 by 0 to 1, 40.0 without churn", "not told apart: 0.6"),
     ([9.0, 31.0], "20.0 by 0 to 1, 40.0 without churn", "yes: by 20"),
     ([], "", "no distance"),
@@ -410,10 +433,11 @@ def test_the_best_churn_counts_where_it_is_ahead_by_more_than_chance(of_best, wo
 @pytest.mark.parametrize("ours, other, words", [
     ([1.0, 2.0, 3.0], [5.0, 6.0, 7.0], "yes: by 4.9 standard errors"),
     ([5.0, 6.0, 7.0], [1.0, 2.0, 3.0], "no, higher: by 4.9 standard errors"),
-    ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], "not told apart: 1.2 standard errors; 8 trainings"),
-    ([1.0], [9.0], "one training decides nothing"),
+    ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], "not told apart: 1.2 standard errors; 9 trainings"),
+    ([1.0], [9.0], "one of the trainings decides nothing"),
     ([], [], "nothing was measured"),
-    ([1.0, 2.0], [1.0, 2.0], "not told apart: 0.0 standard errors; they are equal"),
+    ([1.0, 2.0], [2.0, 1.0], "the trainings do not differ"),
+    ([1.0, 1.0], [2.0, 2.0], "the trainings do not differ"),
 ])
 def test_a_difference_counts_from_twice_its_standard_error_on(ours, other, words):
     from experiments.verdict import decide

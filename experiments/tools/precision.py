@@ -22,7 +22,7 @@ def precision(
     *,
     quick: bool = False,  # 16x16 images, a small network and 600 steps, for emulated bf16
     method: str = "pdm",  # as in train.py
-    flags: str = "",  # more of train.py's flags, in quotes
+    flags: str = "",  # more of train.py's, as --flags='--flip --lr 1e-3'
     data: str = "digits",  # or what train.py's --data takes
     size: int | None = None,  # image size; default 32, quick 16
     steps: int | None = None,  # training steps of each; default 6,000, quick 600
@@ -49,8 +49,8 @@ def precision(
         results.append(measure(setup, name, f"--method {method} --precision {name}", chain))
         for k, path in enumerate(results[-1].paths):
             for row in read_table(path.parent / "log.csv"):
-                loss = float(row["loss"])
-                losses.append(dict(run=f"{name}, seed {k}", step=int(row["step"]), loss=loss))
+                point = dict(step=int(row["step"]), loss=float(row["loss"]))
+                losses.append(dict(run=f"{name}, seed {k}") | point)
 
     rows = [dict(precision=name) for name in CASES]
     note = f"{method}, {data}, {steps} steps of 32 images, {n} samples in {chain} steps"
@@ -58,14 +58,14 @@ def precision(
     write(setup.out / "losses.csv", losses, "the mean loss since the row before")
     curves = curves_of(losses, "run", "step", "loss")
     plot(setup.out / "losses.png", curves, "step", "loss", log="")
-    loss = {curve.name: curve.y for curve in curves}
-    of_bf16 = apart(loss["fp32, seed 0"], loss["bf16, seed 0"])
-    chance = apart(loss["fp32, seed 0"], loss["fp32, seed 1"])
+    of_run = {curve.name: curve.y for curve in curves}
+    of_bf16 = apart(of_run["fp32, seed 0"], of_run["bf16, seed 0"])
+    chance = apart(of_run["fp32, seed 0"], of_run["fp32, seed 1"])
     distances = [f"{name} {result.drawn.frechet}" for name, result in zip(CASES, results)]
     ours = f"losses {of_bf16:.2%} apart, those of two seeds {chance:.2%}"
     fp32, bf16 = (result.drawn.distances for result in results)
-    verdict = f"fp32 is ahead: {decide(fp32, bf16)}"
-    claim("bf16 costs something", "", f"{ours}; Frechet {', '.join(distances)}", verdict)
+    ours = f"{ours}; Frechet {', '.join(distances)}"
+    claim("fp32 draws better than bf16", "", ours, decide(fp32, bf16))
 
 
 def apart(losses, others):
