@@ -51,7 +51,7 @@ PATCHES = SHORT | dict(data="digits64", mults=(1, 2, 2), attention=(2,))
 SMALL_RUN = {
     "ddpm": DEEP,
     "iddpm": DEEP,
-    "pdm": PATCHES | dict(steps=5000, cooldown=2500),
+    "pdm": PATCHES | dict(steps=5000, cooldown=2500, variance="small"),
     "edm": DEEP | dict(P_mean=0.0),
     "patch_diffusion": CROPS | dict(P_mean=0.0),
 }
