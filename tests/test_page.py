@@ -1,5 +1,6 @@
 """The page of sample.py --html, read again: its frames, images and numbers."""
 import base64
+import functools
 import io
 import re
 import shutil
@@ -26,19 +27,20 @@ class Frame(NamedTuple):
     mark: tuple  # where the circle stands
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with tiny runs: ddpm, edm, classes (DDPM with three of them)."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.write_run(folder / "ddpm", "ddpm")
+    tiny.write_run(folder / "edm", "edm")
+    tiny.write_run(folder / "classes", "ddpm", classes=3)
+    return folder
+
+
 @pytest.fixture
-def draw(tmp_path, monkeypatch, capsys):
-    """draw("ddpm --html a.html") -> (exit code, stdout, stderr), beside tiny runs."""
-    monkeypatch.chdir(tmp_path)
-    tiny.write_run(Path("ddpm"), "ddpm")
-    tiny.write_run(Path("edm"), "edm")
-    tiny.write_run(Path("classes"), "ddpm", classes=3)
-    command = tiny.Command(monkeypatch, capsys)
-
-    def draw(line):
-        return command(sample, line)
-
-    return draw
+def draw(runs, tmp_path, monkeypatch, capsys):
+    """draw("ddpm --html a.html") -> (exit code, stdout, stderr), beside copies of the runs."""
+    return functools.partial(tiny.beside(runs, tmp_path, monkeypatch, capsys), sample)
 
 
 @pytest.fixture
