@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -28,12 +27,6 @@ def folder(tmp_path, monkeypatch):
     tiny.write_set()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def in_torchrun(main, line, environment):
     """What one of torchrun's processes does; its exit code."""
     os.environ.update(environment)
@@ -53,9 +46,21 @@ def in_torchrun(main, line, environment):
 
 
 def run(main, line, processes=2):
-    """Exit codes of the processes, each in the environment that torchrun gives it."""
-    shared = dict(TORCHELASTIC_RUN_ID="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(processes))
-    shared |= dict(MASTER_PORT=str(free_port()), LOCAL_WORLD_SIZE=str(processes))
+    """Exit codes of the processes, each in the environment that torchrun gives it.
+
+    They meet at a store of this process, as at torchrun's own: it takes a port that is free,
+    and is there until the last of them has ended.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = dict(
+        TORCHELASTIC_RUN_ID="1",
+        TORCHELASTIC_RESTART_COUNT="0",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+    )
     children = []
     for rank in range(processes):
         child = os.fork()
