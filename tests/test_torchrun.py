@@ -27,6 +27,11 @@ def folder(tmp_path, monkeypatch):
     tiny.write_set()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    tiny.draw_no_pictures(monkeypatch)
+
+
 def in_torchrun(main, line, environment):
     """What one of torchrun's processes does; its exit code."""
     os.environ.update(environment)
@@ -109,7 +114,7 @@ TRAINED = [
 
 
 @pytest.mark.parametrize("line", TRAINED)
-def test_two_processes_train_what_accumulate_2_trains_on_one(line):
+def test_two_processes_train_what_accumulate_2_trains_on_one(line, no_pictures):
     train.main(f"{line} {SMALL} --accumulate 2 --out one".split())
     assert run(train.main, f"{line} {SMALL} --out two") == [0, 0], text("err0")
     assert_equal_runs(read("one"), read("two"), atol=1e-6)
@@ -117,7 +122,7 @@ def test_two_processes_train_what_accumulate_2_trains_on_one(line):
         assert "Warning" not in text("err0")
 
 
-def test_parts_of_a_process_sum_to_its_batch():
+def test_parts_of_a_process_sum_to_its_batch(no_pictures):
     line = f"--method pdm --attention --T 4 --patch 2 {SMALL}"
     train.main(f"{line} --accumulate 4 --out one".split())
     assert run(train.main, f"{line} --accumulate 2 --out two") == [0, 0]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import HERE
 from tiny import Command, write_set
@@ -21,6 +22,8 @@ import train
 from plumbing import checkpoint, flags, runs
 from plumbing.checkpoint import METHODS
 from plumbing.flags import flags_of
+from plumbing.runs import save_pictures
+from train import preview
 from unet import Attention, UNet
 
 SMALL = (
@@ -41,6 +44,18 @@ SMALLEST = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_set()
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    tiny.draw_no_pictures(monkeypatch)
+
+
+@pytest.fixture
+def pictures(no_pictures, monkeypatch):
+    """For tests of runs that draw them."""
+    monkeypatch.setattr(train, "preview", preview)
+    monkeypatch.setattr(runs, "save_pictures", save_pictures)
 
 
 @pytest.fixture
@@ -120,7 +135,7 @@ class Broken:
 # A run
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_writes_checkpoint_log_and_samples_and_moves_as_a_folder(do, method):
+def test_a_run_writes_checkpoint_log_and_samples_and_moves_as_a_folder(do, pictures, method):
     code, out, _ = do(f"--method {method} --steps 3 --every 2")
     assert code == 0
     assert "60 images, 3x8x8, 3 classes, mean 0.0" in out
@@ -263,7 +278,7 @@ def test_beta_2_reaches_adam(do, monkeypatch):
     assert betas == [(0.9, 0.9)]
 
 
-def test_bf16_trains_to_the_same_loss_within_its_rounding(do):
+def test_bf16_trains_to_the_same_loss_within_its_rounding(do, pictures):
     line = "--method iddpm --steps 4 --every 4 --warmup 0 --lr 0.01"
     for precision in ("fp32", "bf16"):
         assert do(f"{line} --out {precision} --precision {precision}")[0] == 0
@@ -334,13 +349,13 @@ def test_one_overfitted_image_comes_back(command, line):
     )
     assert code == 0, err
     method, saved = checkpoint.load("run", device="cpu")
-    samples = train.preview(method, dict(shape=saved["shape"], classes=[]), 4, 4)
+    samples = preview(method, dict(shape=saved["shape"], classes=[]), 4, 4)
     expected = torch.tensor(image) / 127.5 - 1
     errors = (samples - expected).square().mean((1, 2, 3)).sqrt()
     assert errors.max() < 0.2  # the pixels' own spread is 0.75
 
 
-def test_latents_force_their_flags_and_say_so(do):
+def test_latents_force_their_flags_and_say_so(do, pictures):
     np.save("latents.npy", np.random.default_rng(0).normal(size=(50, 4, 8, 8)).astype("f4"))
     code, out, _ = do("--method iddpm --steps 1 --data latents.npy --size 8")
     assert code == 0
@@ -473,7 +488,7 @@ def test_a_folder_that_another_process_trains_in_is_refused_in_one_line(two_step
     assert err.splitlines() == ["error: another process is training in runs/pdm now"]
 
 
-def test_a_value_that_is_the_same_can_be_given_again_on_resume(do, command):
+def test_a_value_that_is_the_same_can_be_given_again_on_resume(do, command, pictures):
     do("--method pdm --steps 1")
     assert command("--method pdm --steps 2 --resume --patch 4 --T 4")[0] == 0
 
@@ -571,7 +586,7 @@ class Flow(nn.Module):
             yield noise, x_0_hat
 
 
-def test_a_sixth_paper_is_one_line_in_the_list_of_methods(do, command, monkeypatch):
+def test_a_sixth_paper_is_one_line_in_the_list_of_methods(pictures, monkeypatch):
     monkeypatch.setitem(METHODS, "flow", Flow)
     line = f"{SMALL} --method flow --steps 2 --conditional"
     train.main(line.split())

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing import checkpoint, flags
+import train
+from plumbing import checkpoint, flags, runs
 from plumbing.flags import flags_of
 from unet import UNet
 
@@ -44,6 +45,16 @@ def write_run(folder, method, *, shape=(3, 8, 8), classes=0, latents=False, step
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(folder, about | weights | empty | counts)
     return folder / "ckpt.pt"
+
+
+def draw_no_pictures(monkeypatch):
+    """Those of a training run take much of its time where it is as short as here."""
+    monkeypatch.setattr(train, "preview", nothing)
+    monkeypatch.setattr(runs, "save_pictures", nothing)
+
+
+def nothing(*_):
+    return None
 
 
 class Command:
