@@ -531,6 +531,17 @@ def test_a_run_that_began_with_another_goes_on_without_it(do, command):
     assert equal(read("whole")["model"], read("parts")["model"])
 
 
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """The folder of a run of one step of DDPM."""
+    folder = tmp_path_factory.mktemp("one_step")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_set()
+        train.main(f"{SMALL} {SMALLEST['ddpm']} --method ddpm --steps 1 --out a".split())
+    return folder / "a"
+
+
 @pytest.mark.parametrize(
     "line, word",
     [
@@ -542,9 +553,9 @@ def test_a_run_that_began_with_another_goes_on_without_it(do, command):
     ],
 )
 def test_a_run_to_begin_with_that_cannot_be_is_one_line_and_writes_nothing(
-    do, tmp_path, line, word
+    do, one_step, tmp_path, line, word
 ):
-    do("--method ddpm --steps 1 --out a")
+    shutil.copytree(one_step, "a")
     before = sorted(tmp_path.rglob("*"))
     code, _, err = do(f"{line} --steps 2")
     assert code == 2
