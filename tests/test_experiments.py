@@ -2,6 +2,7 @@
 import csv
 import importlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -24,6 +25,7 @@ CLAIMS = [
     "edm_churn_grid",
     "edm_training",
     "edm_augmentation",
+    "edm_truncation",
     "pdm_patches",
     "pdm_targets",
     "patch_diffusion_p",
@@ -79,6 +81,11 @@ COMMANDS = {
         "--steps 2 --n 2 --few 8 --seeds 1",
         TINY,
         "edm_augmentation-set-8.csv overfitting-set-8.csv edm_augmentation-set-8-grid.png",
+    ),
+    "edm_truncation": (
+        "--train_steps 1 --n 2 --steps 3 --lengths 2 3 --fine 2",
+        TINY,
+        "local.csv global.csv",
     ),
     "pdm_patches": (
         "--steps 1 --n 2 --seeds 1 --patches 4 2 --chain 2 --batch 2 --repeats 1",
@@ -192,7 +199,7 @@ def test_each_claim_comes_out_with_one_command(run, tmp_path, monkeypatch, name)
     for file in made.split():
         assert (tmp_path / "it" / file).stat().st_size > 0, file
     no_distance = "no Frechet distance: set.npy has no classes" in out
-    assert no_distance or name == "iddpm_schedule"
+    assert no_distance or name in ("iddpm_schedule", "edm_truncation")
     row = out.strip().splitlines()[-1]
     assert row.startswith("| ")
     assert row.count("|") == 8
@@ -452,6 +459,24 @@ def test_values_of_the_same_networks_are_compared_in_pairs():
     other = [11.0, 22.0, 33.0]  # 1, 2 and 3 more: 2 on average, and a standard error of .58
     assert decide(ours, other).startswith("not told apart: 0.2")
     assert decide(ours, other, paired=True) == "yes: by 3.5 standard errors"
+
+
+def test_half_a_step_of_heun_errs_an_eighth():
+    from experiments.truncation import heun_step, reference
+
+    def D(x, sigma, y):  # of data that are Gaussian: x grows as the root of 1 + sigma^2
+        return x / (1 + sigma**2)
+
+    x = torch.full((1, 1, 1, 1), math.sqrt(1 + 2.0**2), dtype=torch.float64)
+    t = torch.tensor(2.0, dtype=torch.float64)
+    errors = []
+    for h in (0.2, 0.1):
+        exact = (1 + (t - h) ** 2).sqrt()
+        errors.append((heun_step(D, x, t, t - h) - exact).abs().item())
+    assert errors[0] / errors[1] == pytest.approx(8, rel=0.1)
+    first, *_, last = reference(D, torch.ones(1, 1, 1, 1, dtype=torch.float64), 500, 7.0)
+    assert first.item() == 80
+    assert last.item() == pytest.approx(80 / math.sqrt(1 + 80**2), rel=1e-3)
 
 
 def test_the_mixtures_denoiser_is_its_posterior_mean(run):
