@@ -1,7 +1,7 @@
 """Train any of the methods:  python train.py --method pdm --patch 4
 
     python train.py --method pdm --help                               its flags
-    python train.py --method pdm --resume --steps 5000                go on with a run
+    python train.py --method pdm --resume --steps 8000                go on with a run
     python train.py --method iddpm --schedule linear --init runs/ddpm begin with its weights
     torchrun --standalone --nproc_per_node 4 train.py --method ddpm   on four GPUs
 
