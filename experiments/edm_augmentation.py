@@ -3,22 +3,20 @@ heart (Table 2, F).
 
     python experiments/edm_augmentation.py --quick
 
-Trains EDM on a few images, with and without augmentation, so long that without it the error on
-held-out images rises again; writes that error along the way (overfitting.csv and .png, of the
-first training), the error by noise level, the Frechet distance from all images, and a grid.
+Trains EDM on a few images, with and without augmentation, and writes the error on held-out
+images along the way (overfitting.csv and .png, of the first training), which tells whether it
+rises again; the error by noise level, the Frechet distance from all images, and a grid.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.common import Setup, choose, prepare, three_levels
-from experiments.judge import Judge, measure
+from experiments.judge import LEVEL, Judge, measure, verdict
 from experiments.report import claim, curves_of, plot, write, write_results
-from experiments.verdict import decide
 from plumbing.flags import run, script
 
 CASES = {"without": 0.0, "with": 0.12}  # the paper's probability on CIFAR-10
-LEVEL = "rmse_1"
 
 
 def edm_augmentation(
@@ -59,10 +57,8 @@ def edm_augmentation(
     write_results(setup.out / f"edm_augmentation-{setup.stem}.csv", rows, results, note)
     plain, augmented = results
     ours = f"Frechet {plain.drawn.frechet} and {augmented.drawn.frechet}"
-    verdict = decide(augmented.drawn.distances, plain.drawn.distances)
-    errors = decide(augmented.errors[LEVEL], plain.errors[LEVEL])
     text = f"augmentation draws better from {few} images (EDM, Table 2, of 50,000 images)"
-    claim(text, "FID 2.05 and 1.97", ours, f"{verdict}; by {LEVEL} {errors}")
+    claim(text, "FID 2.05 and 1.97", ours, verdict(augmented, plain))
 
 
 def errors_along(name, path, setup):

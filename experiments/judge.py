@@ -5,19 +5,21 @@ from typing import NamedTuple
 
 import torch
 
+import evaluate
+import sample
 from edm import denoiser
-from evaluate import Data, errors, write_table
 from experiments.common import check_features, train_each
 from experiments.report import curves_of, plot, save_rows, write
 from experiments.tools import features as classifier
+from experiments.verdict import decide
 from plumbing import checkpoint, images
 from plumbing.datasets import evenly, hold_out, load_like
 from plumbing.drawing import counted
 from plumbing.flags import UserError
 from plumbing.frechet import Features, frechet_distance, moments
-from sample import chain, draw
 
 FEATURES_BATCH = 256
+LEVEL = "rmse_1"  # the error that decides beside the distance
 
 
 class Drawn(NamedTuple):
@@ -69,8 +71,10 @@ class Judge:
         if like is None:
             self.look_at_data(path, features)
         else:
-            self.learned, self.held_out = like.learned, like.held_out
-            self.network, self.known = like.network, like.known
+            self.learned = like.learned
+            self.held_out = like.held_out
+            self.network = like.network
+            self.known = like.known
 
     def look_at_data(self, path, features):
         """The images learned and held out; the features, and their statistics of all images."""
@@ -90,13 +94,14 @@ class Judge:
         """A sampler of sample.py under these options; no more steps than the method has."""
         if "steps" in options and sampler == "own":
             options["steps"] = min(options["steps"], getattr(self.method, "T", 10**6))
-        return chain(self.method, sampler, options, self.saved["shape"])
+        return sample.chain(self.method, sampler, options, self.saved["shape"])
 
     def draw(self, run):
         """The Drawn of a sampler run(noise, y, randn_like=...)."""
         keys = [(self.seed, i) for i in range(self.n)]
         with counted(self.method, self.n) as cost:
-            x = draw(run, self.saved["shape"], keys, self.batch, self.labels, self.device)
+            shape = self.saved["shape"]
+            x = sample.draw(run, shape, keys, self.batch, self.labels, self.device)
         distances = [self.distance(x)] if self.network else []
         return Drawn(x, distances, cost.nfe, cost.seconds_per_image)
 
@@ -106,10 +111,11 @@ class Judge:
 
     def errors(self, path):
         """{"rmse_<sigma>": error on held-out images}; more of it in a .csv."""
-        some = self.learned._replace(x=self.learned.x[:5000])
+        few = evenly(5000, len(self.learned.x))  # of every class, where these come one by one
+        learned = self.learned._replace(x=self.learned.x[few])
         D = denoiser(self.method)
-        rows = errors(D, some, self.held_out, 64, 0, self.device)
-        write_table(path, rows)
+        rows = evaluate.errors(D, learned, self.held_out, 64, 0, self.device)
+        evaluate.write_table(path, rows)
         return {f"rmse_{row['sigma']:g}": row["held_out"] for row in rows}
 
     def words(self):
@@ -129,8 +135,8 @@ def judges_for(setup, paths, batch=None):
     judges = []
     for seed, path in enumerate(paths):
         like = judges[0] if judges else None
-        given = (setup.features, setup.n, seed, batch, setup.device, like)
-        judges.append(Judge(path, *given))
+        judge = Judge(path, setup.features, setup.n, seed, batch, setup.device, like)
+        judges.append(judge)
     return judges
 
 
@@ -151,8 +157,9 @@ def data_of(path, saved, source):
     held_out = held_out[~torch.isin(evenly(len(held_out), len(x)), few)]
     if not len(held_out):
         raise UserError(f"{path} was trained on every image that could measure it")
-    learned = Data(learned, None, source, f"images of {source}")
-    return others, learned, Data(held_out, None, source, f"held-out images of {source}")
+    learned = evaluate.Data(learned, None, source, f"images of {source}")
+    held_out = evaluate.Data(held_out, None, source, f"held-out images of {source}")
+    return others, learned, held_out
 
 
 def features_file(name, data, shape, device):
@@ -193,6 +200,13 @@ def measure(setup, name, flags, steps):
         drawn.append(judge.draw(judge.chain(steps=steps)))
     images.save_grid(drawn[0].images[:64], setup.out / f"{name}.png")
     return Result(paths, errors, joined(drawn))
+
+
+def verdict(ours, other, repeats="trainings"):
+    """Whether the Result `ours` has lower distances and lower errors than `other`, in words."""
+    drawn = decide(ours.drawn.distances, other.drawn.distances, repeats=repeats)
+    errors = decide(ours.errors[LEVEL], other.errors[LEVEL], repeats=repeats)
+    return f"{drawn}; by {LEVEL} {errors}"
 
 
 # Several samplers

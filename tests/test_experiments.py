@@ -223,6 +223,8 @@ REFUSED = [
     ("edm_training", "--n 1"),
     ("edm_training", "--seeds 0"),
     ("edm_augmentation", "--few 0"),
+    ("edm_truncation", "--lengths 18"),
+    ("edm_truncation", "--lengths 9 5"),
     ("pdm_patches", "--repeats 0"),
     ("pdm_patches", "--patches 2 0"),
     ("pdm_patches", "--patches 4 4"),
@@ -443,8 +445,8 @@ def test_the_best_churn_counts_where_it_is_ahead_by_more_than_chance(of_best, wo
     ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], "not told apart: 1.2 standard errors; 9 trainings"),
     ([1.0], [9.0], "one of the trainings decides nothing"),
     ([], [], "nothing was measured"),
-    ([1.0, 2.0], [2.0, 1.0], "the trainings do not differ"),
-    ([1.0, 1.0], [2.0, 2.0], "the trainings do not differ"),
+    ([1.0, 2.0], [2.0, 1.0], "no difference"),
+    ([1.0, 1.0], [2.0, 2.0], "the trainings do not scatter"),
 ])
 def test_a_difference_counts_from_twice_its_standard_error_on(ours, other, words):
     from experiments.verdict import decide
@@ -459,10 +461,46 @@ def test_values_of_the_same_networks_are_compared_in_pairs():
     other = [11.0, 22.0, 33.0]  # 1, 2 and 3 more: 2 on average, and a standard error of .58
     assert decide(ours, other).startswith("not told apart: 0.2")
     assert decide(ours, other, paired=True) == "yes: by 3.5 standard errors"
+    rounded = decide([0.1, 0.2, 0.3], [0.2, 0.3, 0.4], paired=True)
+    assert rounded.startswith("the trainings do not scatter")
+    with pytest.raises(ValueError):
+        decide([1.0], [1.0, 2.0])
+
+
+def test_two_results_are_compared_by_distance_and_by_error():
+    from experiments.judge import Drawn, Result, verdict
+
+    errors = {"rmse_1": [0.3, 0.31], "rmse_3": [0.9, 0.1]}
+    crops = Result([], errors, Drawn(None, [10.0, 11.0], 35, 0.1))
+    whole = Result([], {"rmse_1": [0.1, 0.11]}, Drawn(None, [20.0, 21.0], 35, 0.1))
+    drawn, errors = verdict(crops, whole).split("; ")
+    assert drawn == "yes: by 14.1 standard errors"
+    assert errors == "by rmse_1 no, higher: by 28.3 standard errors"
+    unmeasured = whole._replace(drawn=Drawn(None, [], 35, 0.1))
+    assert verdict(unmeasured, unmeasured).startswith("nothing was measured; by rmse_1")
+
+
+def test_equal_time_gives_the_faster_kind_more_steps():
+    from experiments.equal_time import in_that_time
+
+    assert in_that_time(100, [(4.0, 2.0), (9.0, 3.0), (2.0, 2.0)]) == 200
+    assert in_that_time(1, [(1.0, 9.0)]) == 1
+
+
+def test_the_seconds_of_trainings_are_those_at_their_end(tmp_path):
+    from experiments.equal_time import seconds_of
+
+    paths = []
+    for k, ends in enumerate([(1, 7), (2, 5), (3, 9)]):
+        path = tmp_path / str(k) / "log.csv"
+        path.parent.mkdir()
+        path.write_text("step,seconds\n1,{}\n2,{}\n".format(*ends))
+        paths.append(path.parent / "ckpt.pt")
+    assert seconds_of(paths) == 7
 
 
 def test_half_a_step_of_heun_errs_an_eighth():
-    from experiments.truncation import heun_step, reference
+    from experiments.truncation import heun_step, reference, step_errors
 
     def D(x, sigma, y):  # of data that are Gaussian: x grows as the root of 1 + sigma^2
         return x / (1 + sigma**2)
@@ -474,9 +512,36 @@ def test_half_a_step_of_heun_errs_an_eighth():
         exact = (1 + (t - h) ** 2).sqrt()
         errors.append((heun_step(D, x, t, t - h) - exact).abs().item())
     assert errors[0] / errors[1] == pytest.approx(8, rel=0.1)
-    first, *_, last = reference(D, torch.ones(1, 1, 1, 1, dtype=torch.float64), 500, 7.0)
-    assert first.item() == 80
-    assert last.item() == pytest.approx(80 / math.sqrt(1 + 80**2), rel=1e-3)
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    high = 80 ** (1 / 3)
+    low = 0.002 ** (1 / 3)
+    for k, x in enumerate(reference(D, noise, 4 * 100 + 1, 3.0)[:-1:100]):
+        sigma = (high + k / 4 * (low - high)) ** 3
+        assert x.item() == pytest.approx(80 * math.sqrt((1 + sigma**2) / (1 + 80**2)), rel=1e-3)
+    errors = step_errors(D, noise, 5, 100, 3.0)
+    levels = [(high + k / 4 * (low - high)) ** 3 for k in range(1, 5)]
+    assert list(errors) == pytest.approx(levels, abs=1e-4)
+    assert min(errors.values()) > 0
+
+
+def test_the_order_of_a_solver_is_the_power_of_the_step():
+    from experiments.truncation import order
+
+    assert order([9.0, 1.0, 1 / 8], [3, 5, 10]) == pytest.approx(3)
+
+
+def test_a_network_of_fixed_noise_levels_has_no_fine_solution():
+    from experiments.truncation import check_levels
+
+    class D:
+        sigma_min = 0.002
+        sigma_max = 80.0
+
+        def round_sigma(self, sigma):
+            return round(sigma)
+
+    with pytest.raises(flags.UserError, match="some noise levels only"):
+        check_levels(D(), "run")
 
 
 def test_the_mixtures_denoiser_is_its_posterior_mean(run):
