@@ -183,7 +183,7 @@ class PDM(IDDPM):
         return self.alpha_bar[t] / (1 - self.alpha_bar[t])              # SNR(t)
 
     def gamma(self, t):
-        """Weight of the loss on x, float64; all but sqrt(SNR) are in the authors' code only."""
+        """Weight of the loss on x, float64; the paper's own choice is sqrt(SNR)."""
         snr = self.snr(t)
         weights = {
             "1": torch.ones_like(snr),
