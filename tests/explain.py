@@ -7,6 +7,7 @@ mistake where COURSE.md knows one, and where to look: equation, function, file. 
     equal(came, expected)                    the same tensors, shapes, lists, names
     within(came, expected, standard_error)   a Monte Carlo estimate: five standard errors
     mean_within(samples, expected)           the same of a mean over the first dimension
+    own_noise(eps)                           noise that no two pixels share
     holds(condition, "what is true", loss=loss)   anything else, with the numbers to print
 """
 import contextvars
@@ -74,6 +75,18 @@ def mean_within(samples, expected, what="", slack=0.0):
     within(samples.mean(0), expected, standard_error, what, slack)
 
 
+def own_noise(eps):
+    """The noise of images (B, C, H, W), C >= 2: each pixel of each image has one of its own."""
+    __tracebackhide__ = True
+    B, C, H, W = eps.shape
+    within(eps.mean(0), 0, B**-0.5, what="the mean noise over the images")
+    of_image = eps.flatten(1).mean(1)
+    within(of_image, 0, (C * H * W) ** -0.5, what="the mean noise over an image's pixels")
+    product = (eps[:, 0] * eps[:, 1]).mean()
+    within(product, 0, (B * H * W) ** -0.5, what="the mean product of two channels")
+    within(eps.square().mean(), 1, (2 / eps.numel()) ** 0.5, what="the mean square")
+
+
 def holds(condition, words, **came):
     __tracebackhide__ = True
     if not condition:
@@ -138,7 +151,7 @@ def fail(what, expected, came, apart=""):
     if node is not None:
         functions, places = where(node)
         lines += block("Mend first, since this may follow from it", red_before(node))
-        lines += block("Usual mistake", "\n".join(usual_mistakes(node, functions)))
+        lines += block("Usual mistakes here", "\n".join(usual_mistakes(node, functions)))
         lines += block("Look at", "\n".join(places))
     raise AssertionError("\n".join(lines))
 

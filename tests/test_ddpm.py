@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from explain import close, equal, holds, mean_within, within
+from explain import close, equal, holds, mean_within, own_noise, within
 from helpers import (
     Gaussian,
     closed_form,
@@ -151,6 +151,7 @@ def test_a_posterior_over_several_steps_is_bayes_rule_for_gaussians():
 
 @pytest.mark.equation("ddpm", "Sec. 3.2", "Eq. 2")
 @pytest.mark.function("ddpm", "DDPM.log_variance", "Chain.beta", "Chain.log_beta_tilde")
+@pytest.mark.function("ddpm", "DDPM.p_mean_variance")
 @pytest.mark.parametrize("variance, name", [
     ("small", "posterior_log_variance_clipped"),
     ("large", "fixed_large_log_variance"),
@@ -165,21 +166,62 @@ def test_the_fixed_variances_are_the_authors(variance, name):
 
 # Training
 
+@pytest.mark.equation("ddpm", "Algorithm 1, line 3", "Algorithm 1, line 5")
+@pytest.mark.function("ddpm", "DDPM.loss")
+def test_training_has_a_t_for_each_image_and_leaves_x_t_the_shape_of_x_0():
+    net, calls = watched()
+    try:
+        DDPM(net, 1).loss(torch.zeros(3, 1, 1, 1))
+    except RuntimeError as error:
+        holds(False, "t is (B, 1, 1, 1), and x_t has the shape of x_0", torch_says=str(error))
+    equal(calls[0].x.shape, torch.Size([3, 1, 1, 1]), what="the shape of x_t")
+
+
 @pytest.mark.equation("ddpm", "Algorithm 1, line 3")
 @pytest.mark.function("ddpm", "DDPM.draw_t", "DDPM.loss")
 def test_training_draws_every_t_from_1_to_T_equally_often():
     net, calls = watched()
-    DDPM(net, 1, T=50).loss(torch.zeros(100_000, 1, 1, 1))
+    DDPM(net, 1, T=50).loss(torch.zeros(20_000, 1, 1, 1))
     t = calls[0].t.long().flatten()
     equal(sorted(t.unique().tolist()), list(range(1, 51)), what="the t that were drawn")
-    within(t.bincount()[1:], 2000, math.sqrt(2000), what="how often each t was drawn")
+    within(t.bincount()[1:], 400, math.sqrt(400), what="how often each t was drawn")
 
 
 @pytest.mark.equation("ddpm", "Algorithm 1, line 4")
 @pytest.mark.function("ddpm", "DDPM.loss")
+def test_each_pixel_of_each_image_gets_a_normal_noise_of_its_own():
+    net, calls = watched()
+    DDPM(net, 2).loss(torch.zeros(64, 2, 4, 4).double())
+    eps = calls[0].x / (1 - ab[calls[0].t.long()]).sqrt()  # the image is 0
+    own_noise(eps)
+
+
+@pytest.mark.equation("ddpm", "Eq. 14")
+@pytest.mark.function("ddpm", "DDPM.loss")
+def test_the_loss_is_the_mean_square_over_all_pixels_of_eps_less_the_network_s_answer():
+    answer = torch.randn(8, 2, 4, 4).double()
+    net, calls = watched(lambda x, t, y: answer)
+    loss = DDPM(net, 2).loss(torch.zeros(8, 2, 4, 4).double())
+    eps = calls[0].x / (1 - ab[calls[0].t.long()]).sqrt()  # the image is 0
+    close(loss, (eps - answer).square().mean(), what="the loss")
+
+
+@pytest.mark.equation("ddpm", "Eq. 14")
+@pytest.mark.function("ddpm", "DDPM.loss")
+def test_the_loss_asks_for_each_image_s_class_and_teaches_the_network():
+    weight = torch.ones(1, requires_grad=True)
+    net, calls = watched(lambda x, t, y: weight * x)
+    y = torch.tensor([3, 1])
+    loss = DDPM(net, 1).loss(torch.zeros(2, 1, 4, 4), y)
+    equal(calls[0].y, y, what="the classes that the network is told")
+    holds(loss.requires_grad, "the loss has a gradient for the network's weights")
+
+
+@pytest.mark.equation("ddpm", "Eq. 14", "Algorithm 1, line 4")
+@pytest.mark.function("ddpm", "DDPM.loss")
 def test_the_loss_of_a_network_that_predicts_nothing_is_one():
-    loss = DDPM(zero_net, 1).loss(torch.zeros(100_000, 1, 1, 1))
-    within(loss, 1, math.sqrt(2 / 100_000), what="the mean square of eps")
+    loss = DDPM(zero_net, 1).loss(torch.zeros(20_000, 1, 1, 1))
+    within(loss, 1, math.sqrt(2 / 20_000), what="the mean square of eps")
 
 
 @pytest.mark.equation("ddpm", "Eq. 14", "Algorithm 1, line 3", "Algorithm 1, line 4")
@@ -202,7 +244,8 @@ def test_predict_undoes_q_sample_when_the_noise_is_known(t):
     x_0 = torch.randn(4, 1, 2, 2).double()
     eps = torch.randn(4, 1, 2, 2).double()
     ddpm = DDPM(closed_form(lambda x, t, y: eps), 1)
-    x_0_hat = ddpm.predict(ddpm.q_sample(x_0, t, eps), t)
+    x_t = ab[t].sqrt() * x_0 + (1 - ab[t]).sqrt() * eps
+    x_0_hat = ddpm.predict(x_t, t)
     close(x_0_hat, x_0, rtol=1e-6, atol=1e-9, what="x_0")
 
 
@@ -217,6 +260,15 @@ def test_without_clipping_the_mean_is_equation_11(t):
     expected = (x_t - (1 - alpha) / (1 - ab[t]).sqrt() * eps) / alpha.sqrt()
     mean, _, _ = ddpm.p_mean_variance(x_t, t, t - 1)
     close(mean, expected, rtol=1e-6, what="mu_theta")
+
+
+@pytest.mark.function("ddpm", "DDPM.p_mean_variance")
+def test_in_a_short_chain_the_network_is_told_the_t_of_the_whole_one():
+    net, calls = watched()
+    ddpm = DDPM(net, 1)
+    short = Chain(ddpm.alpha_bar, [100, 700])
+    ddpm.p_mean_variance(images(0.5), 2, 1, chain=short)
+    equal(calls[0].t.flatten().tolist(), [700.0], what="the t that the network is told")
 
 
 @pytest.mark.function("ddpm", "DDPM.p_mean_variance", "DDPM.clip_if_asked")

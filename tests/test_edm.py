@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from explain import close, equal, holds, within
+from explain import close, equal, holds, own_noise, within
 from helpers import (
     Gaussian,
     closed_form,
@@ -203,6 +203,27 @@ def test_the_network_runs_in_its_own_type_under_a_float64_state():
 
 
 # Training
+
+@pytest.mark.equation("edm", "Eq. 2")
+@pytest.mark.function("edm", "EDM.weighted_error")
+def test_training_gives_each_pixel_of_each_image_a_normal_noise_of_its_own():
+    net, calls = watched()
+    EDM(net, 2).loss(torch.zeros(64, 2, 4, 4).double())
+    sigma = (4 * calls[0].t.double()).exp()
+    c_in = (sigma**2 + 0.5**2).rsqrt()
+    own_noise(calls[0].x / (c_in * sigma))  # the image is 0
+
+
+@pytest.mark.equation("edm", "Eq. 8")
+@pytest.mark.function("edm", "EDM.weighted_error")
+def test_the_loss_asks_for_each_image_s_class_and_teaches_the_network():
+    weight = torch.ones(1, requires_grad=True)
+    net, calls = watched(lambda x, t, y: weight * x)
+    y = torch.tensor([3, 1])
+    loss = EDM(net, 1).loss(torch.zeros(2, 1, 4, 4), y)
+    equal(calls[0].y, y, what="the classes that the network is told")
+    holds(loss.requires_grad, "the loss has a gradient for the network's weights")
+
 
 @pytest.mark.equation("edm", "Eq. 8", "Eq. 2", "Table 1, EDM weighting")
 @pytest.mark.function("edm", "EDM.weighted_error", "ColumnEDM.loss_weight")

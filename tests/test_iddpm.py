@@ -161,6 +161,18 @@ def test_l_hybrid_is_l_simple_plus_lambda_times_the_sum_of_the_terms():
     mean_within(losses(model, 20_000, 30), 1 + 0.3 * terms.sum(), what="L_hybrid")
 
 
+@pytest.mark.function("iddpm", "IDDPM.loss")
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+def test_the_loss_asks_for_each_image_s_class_and_teaches_the_network(objective):
+    weight = torch.ones(1, requires_grad=True)
+    channels = 1 if objective == "simple" else 2
+    net, calls = watched(lambda x, t, y: weight * x.expand(-1, channels, -1, -1))
+    y = torch.tensor([3, 1])
+    loss = IDDPM(net, 1, objective=objective).loss(torch.zeros(2, 1, 4, 4), y)
+    equal(calls[0].y, y, what="the classes that the network is told")
+    holds(loss.requires_grad, "the loss has a gradient for the network's weights")
+
+
 @pytest.mark.equation("iddpm", "DDPM Eq. 14")
 @pytest.mark.function("iddpm", "IDDPM.loss")
 def test_l_simple_of_a_network_that_predicts_nothing_is_one():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from explain import close, equal, holds, mean_within, within
+from explain import close, equal, holds, mean_within, own_noise, within
 from helpers import (
     Gaussian,
     closed_form,
@@ -245,6 +245,23 @@ def test_the_loss_is_the_weighted_error_in_x(weight):
     mean_within(losses, expected, what="the loss of 0.9 of the optimal x")
     sharp = losses.std() / math.sqrt(40) / expected
     holds(sharp < 0.03, "this test is sharp to 3%", standard_error=sharp)
+
+
+@pytest.mark.function("pdm", "PDM.loss")
+def test_training_gives_each_pixel_of_each_image_a_normal_noise_of_its_own():
+    net, calls = watched()
+    PDM(net, 2, patch=1).loss(torch.zeros(64, 2, 4, 4).double())
+    own_noise(calls[0].x / (1 - cosine_alpha_bar()[calls[0].t.long()]).sqrt())  # the image is 0
+
+
+@pytest.mark.function("pdm", "PDM.loss")
+def test_the_loss_asks_for_each_image_s_class_and_teaches_the_network():
+    weight = torch.ones(1, requires_grad=True)
+    net, calls = watched(lambda x, t, y: weight * x)
+    y = torch.tensor([3, 1])
+    loss = PDM(net, 1, patch=1).loss(torch.zeros(2, 1, 4, 4), y)
+    equal(calls[0].y, y, what="the classes that the network is told")
+    holds(loss.requires_grad, "the loss has a gradient for the network's weights")
 
 
 @pytest.mark.equation("pdm", "Loss weight")

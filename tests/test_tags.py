@@ -103,7 +103,7 @@ def test_a_message_says_the_fact_the_numbers_the_usual_mistake_and_the_place():
     lines = str(red.value).splitlines()
     titles = [line for line in lines if not line.startswith(" ")]
     equal(titles, ["It should be true that", "Expected: x_t", "Came", "Farthest apart",
-                   "Usual mistake", "Look at"])
+                   "Usual mistakes here", "Look at"])
     fact = "    a message says the fact the numbers the usual mistake and the place"
     holds(fact in lines, "the message says the fact", message=lines)
     holds("    (1, 2)" in lines, "the message says the numbers", message=lines)
