@@ -93,7 +93,7 @@ def main(argv=None):
     print(f"{len(result.failed)} tests are red until then, {len(result.passed)} are green:")
     for test in result.failed:
         print(f"    {test}")
-    print(f"students:  cd {out} && python -m pytest tests/test_{paper}.py")
+    print(f"students:  cd {out} && python -m pytest -x --tb=short tests/test_{paper}.py")
     print(f"grade:     python course/grade.py {paper} --student {out}")
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from course import index, trial
 
 ROOT = Path(__file__).parent.parent
-TITLES = ("It should be true that", "Expected", "Came", "Usual mistake")  # of tests/explain.py
+TITLES = ("It should be true that", "Expected", "Came", "Mend first", "Usual mistakes")
 AS_HANDED_OUT = "as handed out: this follows from another function"
 
 
