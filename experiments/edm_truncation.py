@@ -67,7 +67,7 @@ def of_steps(setup, D, noise, steps, fine):
     for rho in RHOS:
         errors = truncation.step_errors(D, noise, steps, fine, rho)
         name = f"{rho:g}"
-        rows += [dict(rho=name, sigma=sigma, rmse=error) for sigma, error in errors.items()]
+        rows += [dict(rho=name, sigma=round(t, 4), rmse=error) for t, error in errors.items()]
         peaks[rho] = max(errors.values()) / statistics.mean(errors.values())
     truncation.save(setup.out / "local.csv", rows, f"one step of {steps}, {len(noise)} images")
     ours = ", ".join(f"{peak:.1f} at rho = {rho:g}" for rho, peak in peaks.items())

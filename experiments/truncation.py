@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from edm import noise_range, ode_sample, rounded, sigma_of_each, sigma_steps, widest_float
+from edm import noise_range, ode_sample, rounded, sigma_steps, widest_float
 from experiments.report import curves_of, plot, write
 from plumbing.device import seeded_noise
 from plumbing.drawing import last
@@ -40,10 +40,8 @@ def reference(D, noise, steps, rho):
 
 def heun_step(D, x, t, t_next):
     """x (B, C, H, W) after one step of Algorithm 1 from the noise level t to t_next > 0."""
-    d = (x - D(x, sigma_of_each(t, x), None)) / t
-    x_next = x + (t_next - t) * d
-    d_prime = (x_next - D(x_next, sigma_of_each(t_next, x), None)) / t_next
-    return x + (t_next - t) * (d + d_prime) / 2
+    x_next, _ = next(ode_sample(D, x / t, steps=2, sigma_max=t, sigma_min=t_next))
+    return x_next
 
 
 def step_errors(D, noise, steps, fine, rho):
@@ -54,8 +52,9 @@ def step_errors(D, noise, steps, fine, rho):
     sigmas = sigma_steps(steps, "edm", *noise_range("edm", None, None, D), rho)
     xs = reference(D, noise, (steps - 1) * fine + 1, rho)[::fine]
     errors = {}
-    for t, t_next, x, x_next in zip(sigmas, sigmas[1:], xs, xs[1:]):
-        errors[round(t_next.item(), 4)] = rmse(heun_step(D, x, t, t_next), x_next)
+    levels = sigmas.tolist()
+    for t, t_next, x, x_next in zip(levels, levels[1:], xs, xs[1:]):
+        errors[t_next] = rmse(heun_step(D, x, t, t_next), x_next)
     return errors
 
 

@@ -24,7 +24,7 @@ def decide(ours, other, paired=False, repeats="trainings"):
     scatter = statistics.variance(ours) + statistics.variance(other)
     if paired:
         scatter = statistics.variance(differences)
-    if scatter < (1e-9 * difference) ** 2:
+    if scatter < (1e-9 * difference) ** 2:  # rounding at most
         return f"the {repeats} do not scatter, so nothing says what chance does"
     apart = abs(difference) / math.sqrt(scatter / count)
     if apart <= TOLD:
