@@ -101,6 +101,7 @@ class Sampling:
     @torch.no_grad()
     def sampler(self, steps):
         """Images and evaluations a second: EDM's sampler takes two a step, but at the last."""
+        steps = max(2, steps)  # EDM's takes no fewer
         evaluations = 2 * steps - 1
         if hasattr(self.method, "kept_steps"):
             steps = 2 * steps
