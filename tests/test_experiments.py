@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-import train
-from plumbing import checkpoint, flags, runs
+from plumbing import checkpoint, flags
 
 HERE = Path(__file__).parent.parent
 CLAIMS = [
@@ -123,8 +123,7 @@ def run(monkeypatch, capsys, tmp_path):
     Plots, and the pictures of a run, which are slow, have tests of their own.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "preview", no_picture)
-    monkeypatch.setattr(runs, "save_pictures", no_picture)
+    tiny.draw_no_pictures(monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
     def run(name, line):
@@ -139,10 +138,6 @@ def run(monkeypatch, capsys, tmp_path):
         return code, out, err
 
     return run
-
-
-def no_picture(*_):
-    return None
 
 
 def write_images(path="set.npy", count=80, classes=0):
