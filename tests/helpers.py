@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from explain import equal, holds
 
 HERE = Path(__file__).parent
 
@@ -57,6 +58,19 @@ def watched(fn=lambda x, t, y: x):
 def halves(eps, v):
     """A make_net with the two halves that IDDPM asks for: eps(x, t) and v(x, t)."""
     return closed_form(lambda x, t, y: torch.cat([eps(x, t), v(x, t)], dim=1))
+
+
+def asks_and_teaches(make_model, channels=1):
+    """make_model(make_net)'s loss gives the network the classes, and the network a gradient.
+
+    channels: of the network's answer to gray images.
+    """
+    weight = torch.ones(1, requires_grad=True)
+    net, calls = watched(lambda x, t, y: weight * x.expand(-1, channels, -1, -1))
+    y = torch.tensor([3, 1])
+    loss = make_model(net).loss(torch.zeros(2, 1, 4, 4), y)
+    equal(calls[0].y, y, what="the classes that the network is told")
+    holds(loss.requires_grad, "the loss has a gradient for the network's weights")
 
 
 zero_net = closed_form(lambda x, t, y: torch.zeros_like(x))

@@ -5,6 +5,7 @@ import torch
 from explain import close, equal, holds, mean_within, own_noise, within
 from helpers import (
     Gaussian,
+    asks_and_teaches,
     closed_form,
     cosine_alpha_bar,
     images,
@@ -256,12 +257,7 @@ def test_training_gives_each_pixel_of_each_image_a_normal_noise_of_its_own():
 
 @pytest.mark.function("pdm", "PDM.loss")
 def test_the_loss_asks_for_each_image_s_class_and_teaches_the_network():
-    weight = torch.ones(1, requires_grad=True)
-    net, calls = watched(lambda x, t, y: weight * x)
-    y = torch.tensor([3, 1])
-    loss = PDM(net, 1, patch=1).loss(torch.zeros(2, 1, 4, 4), y)
-    equal(calls[0].y, y, what="the classes that the network is told")
-    holds(loss.requires_grad, "the loss has a gradient for the network's weights")
+    asks_and_teaches(lambda net: PDM(net, 1, patch=1))
 
 
 @pytest.mark.equation("pdm", "Loss weight")
